@@ -1,0 +1,150 @@
+"""Who promises what to whom. Algorithms, rewards and evaluations meet models, engines and ranks only through these."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, get_args, runtime_checkable
+
+from alignkit.core.config import AlgorithmConfig
+from alignkit.core.types import Batch, Forward, Group, Metric, RewardBatch, RewardOutput, Term, Unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ConfigT = TypeVar("ConfigT", bound=AlgorithmConfig)
+Terms = dict[str, Term]
+Metrics = dict[str, Metric]
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """State that cannot be recomputed: a nested dict of tensors, numbers, strings, lists and None."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class World(Protocol):
+    """Rank facts and reductions. Every rank must make the same calls in the same order."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Elementwise sum over ranks."""
+        ...
+
+    def mean(self, x: Tensor, over: Tensor) -> Tensor:
+        """Global mean of `x` where the boolean `over` is True; 0 when it is True nowhere."""
+        ...
+
+    def gather(self, obj: Any) -> list[Any]:
+        """Every rank's object, in rank order, on every rank."""
+        ...
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an algorithm asks of the run; the recipe is checked against it before anything starts.
+
+    `completions`: at least so many per group. `columns`: no-grad columns `<model>.<output>` to fill before `annotate`
+    (`reference.logps`). `outputs`: fields of `Forward` the loss reads. `fields`: dataset columns `build` reads.
+    `preferences`: completions must be ordered by their reward, as chosen and rejected are.
+    """
+
+    completions: int = 1
+    columns: frozenset[str] = frozenset()
+    outputs: frozenset[str] = frozenset({"logps"})
+    fields: frozenset[str] = frozenset()
+    preferences: bool = False
+
+
+class Algorithm(ABC, Generic[ConfigT]):
+    """One method: groups → units → loss. Subclass it as `class Mine(Algorithm[MineConfig])` in one file.
+
+    `build` and `loss` are pure. `annotate` and `observe` may keep state, which `state_dict` must then return.
+    """
+
+    needs: ClassVar[Needs] = Needs()
+    config_type: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
+
+    def __init__(self, config: ConfigT) -> None:
+        self.config = config
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for base in cls.__dict__.get("__orig_bases__", ()):
+            for argument in get_args(base):
+                if isinstance(argument, type) and issubclass(argument, AlgorithmConfig):
+                    cls.config_type = argument
+
+    @abstractmethod
+    def build(self, groups: list[Group]) -> list[Unit]:
+        """Choose, pair or rank: plain Python, no tensors. Every unit has the same number of rows."""
+
+    def annotate(self, batch: Batch, world: World) -> Batch:
+        """Add credit, weights and batch statistics as columns. No gradient; sees the whole local round."""
+        del world
+        return batch
+
+    @abstractmethod
+    def loss(self, out: Forward, batch: Batch) -> tuple[Terms, Metrics]:
+        """Unreduced terms and metrics of a micro-batch. Pure; never averages."""
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        """Called after each step with the globally reduced metrics; for adaptive coefficients."""
+        del metrics
+
+    def at_reference(self) -> Mapping[str, float]:
+        """Metrics in closed form while policy = reference, for the step-0 truths. Empty when there is none."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        del state
+
+
+class Policy(Protocol):
+    """A model that scores batches; how it lays them out is its secret."""
+
+    def forward(self, batch: Batch, outputs: frozenset[str]) -> Forward: ...
+
+
+class RolloutEngine(Protocol):
+    """Gives groups their completions. Groups that arrive full are returned as they are."""
+
+    def fill(self, groups: list[Group], n: int) -> list[Group]: ...
+
+    def sync(self, version: int) -> None: ...
+
+
+class Models(Protocol):
+    """The run's models by name (`policy`, `reference`, …), for reward sources that need one."""
+
+    def logps(self, units: Sequence[Unit], model: str = "policy") -> list[list[float]]: ...
+
+
+class RewardSource(Protocol):
+    """Scores the completions of a round. `requires` names the dataset columns it reads."""
+
+    requires: tuple[str, ...]
+
+    def score(self, rows: RewardBatch, models: Models | None) -> RewardOutput: ...
+
+
+class Sink(Protocol):
+    """Receives what a run logs, on rank 0 only. A sink never steers and never stops a run for want of a network."""
+
+    def start(self, facts: Mapping[str, Any]) -> None: ...
+
+    def log(self, record: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,49 @@
+"""The `train` and `eval` blocks of a recipe. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from alignkit.core.config import Config
+from alignkit.data.config import DataConfig
+from alignkit.rewards.config import RewardConfig
+from alignkit.rollout.config import SamplingConfig
+
+
+class TrainConfig(Config):
+    """How long, how large, how fast."""
+
+    num_epochs: float = Field(1.0, gt=0, description="passes over the data; max_steps wins when given")
+    max_steps: int | None = Field(None, ge=0, description="optimizer steps; null = num_epochs decides")
+    batch_size: int = Field(32, ge=1, description="units of one optimizer step over all ranks (pairs in DPO)")
+    micro_batch_tokens: int = Field(16384, ge=1, description="padded tokens of one forward; memory only, never results")
+    micro_batch_size: int | None = Field(None, ge=1, description="at most so many units in one forward; null = no limit")
+    epochs_per_round: int = Field(1, ge=1, description="passes over one round of groups")
+    learning_rate: float = Field(1e-6, gt=0)
+    lr_scheduler: Literal["constant", "linear", "cosine"] = Field("linear", description="after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up; also with lr_scheduler constant")
+    optim: Literal["adamw"] = Field("adamw")
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="not applied to biases and norms")
+    max_grad_norm: float = Field(1.0, ge=0, description="0 = no clipping")
+    max_length: int = Field(1024, ge=2, description="tokens of prompt + completion")
+    save_steps: int = Field(500, ge=0, description="0 = only at the end and when interrupted")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints kept; the best one is never deleted")
+    logging_steps: int = Field(1, ge=1)
+    step0_checks: bool = Field(True, description="closed forms and three rows rescored by plain transformers")
+
+
+class EvalConfig(Config):
+    """Held-out measurement: the loss's own metrics, and samples scored by rewards."""
+
+    data: list[DataConfig] = Field([], description="held-out rows, read as `data`")
+    every_steps: int = Field(0, ge=0, description="0 = only before the first and after the last step")
+    best_metric: str | None = Field(None, description="keep the best checkpoint by this metric, e.g. rewards/accuracies")
+    greater_is_better: bool = True
+    num_samples: int = Field(0, ge=0, description="held-out prompts to sample from, before and after; 0 = none")
+    sampling: SamplingConfig = SamplingConfig()
+    rewards: list[RewardConfig] = Field([], description="score the samples; gives eval_win_rate against the start model")

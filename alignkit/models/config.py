@@ -1,0 +1,43 @@
+"""The `model` and `models` blocks of a recipe. Torch-free, so that a bad recipe is refused at once."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from alignkit.core.config import Config
+
+
+class LoraConfig(Config):
+    """Low-rank adapters through peft; the reference is then the same weights with the adapter off."""
+
+    r: int = Field(16, ge=1, description="rank")
+    alpha: float = Field(32.0, gt=0, description="scale is alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter input; > 0 makes the policy noisy")
+    target_modules: str | list[str] = Field("all-linear", description="module names, or 'all-linear'")
+
+
+class ModelConfig(Config):
+    """The policy: what is trained."""
+
+    name_or_path: str = Field(description="hub id, folder of a transformers model, or folder of a peft adapter")
+    revision: str | None = Field(None, description="hub revision")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16",
+        description="of the computation. bfloat16: autocast over float32 weights (frozen weights under LoRA are bf16)",
+    )
+    lora: LoraConfig | None = Field(None, description="null = train all weights")
+    chat_template: str | None = Field(None, description="a jinja file that replaces the tokenizer's template")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    attn_implementation: str | None = Field(None, description="as in transformers: sdpa, eager, flash_attention_2, …")
+    trust_remote_code: bool = Field(False, description="run code that a hub repository ships")
+    layout: Literal["auto", "padded"] = Field("auto", description="how rows are laid out for the model")
+
+
+class RosterModelConfig(Config):
+    """Another model of the run, by name under `models`."""
+
+    source: str = Field("policy", alias="from", description="'policy' = the weights the run starts from, or a model path")
+    refresh: Literal["never"] = Field("never", description="when it moves")
+    precompute: bool = Field(True, description="score the whole data set once, keep the numbers on disk, free the model")
