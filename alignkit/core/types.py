@@ -67,6 +67,7 @@ class Group:
             tokens=[*self.prompt, *completion.tokens],
             trained=[*([False] * len(self.prompt)), *trained],
             scalar=dict(scalar),
+            group=self.id,
         )
 
 
@@ -74,7 +75,8 @@ class Group:
 class Row:
     """One sequence through the model. `tokens`, `trained` and every list in `token` are [T] long.
 
-    `inputs` are extra facts for the model (head = 2); `token` and `scalar` are facts for the loss.
+    `inputs` are extra facts for the model (head = 2); `token` and `scalar` are facts for the loss; `group` is the id
+    of the group it came from, for messages.
     """
 
     tokens: list[int]
@@ -82,6 +84,7 @@ class Row:
     inputs: dict[str, float] = field(default_factory=dict)
     token: dict[str, list[float]] = field(default_factory=dict)
     scalar: dict[str, float] = field(default_factory=dict)
+    group: str = ""
 
 
 Unit = tuple[Row, ...]

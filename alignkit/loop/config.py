@@ -19,7 +19,9 @@ class TrainConfig(Config):
     max_steps: int | None = Field(None, ge=0, description="optimizer steps; null = num_epochs decides")
     batch_size: int = Field(32, ge=1, description="units of one optimizer step over all ranks (pairs in DPO)")
     micro_batch_tokens: int = Field(16384, ge=1, description="padded tokens of one forward; memory only, never results")
-    micro_batch_size: int | None = Field(None, ge=1, description="at most so many units in one forward; null = no limit")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="at most so many units in one forward; null = no limit"
+    )
     epochs_per_round: int = Field(1, ge=1, description="passes over one round of groups")
     learning_rate: float = Field(1e-6, gt=0)
     lr_scheduler: Literal["constant", "linear", "cosine"] = Field("linear", description="after the warm-up")
@@ -32,7 +34,7 @@ class TrainConfig(Config):
     max_grad_norm: float = Field(1.0, ge=0, description="0 = no clipping")
     max_length: int = Field(1024, ge=2, description="tokens of prompt + completion")
     save_steps: int = Field(500, ge=0, description="0 = only at the end and when interrupted")
-    save_total_limit: int = Field(2, ge=1, description="checkpoints kept; the best one is never deleted")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints kept, newest first")
     logging_steps: int = Field(1, ge=1)
     step0_checks: bool = Field(True, description="closed forms and three rows rescored by plain transformers")
 
@@ -42,8 +44,8 @@ class EvalConfig(Config):
 
     data: list[DataConfig] = Field([], description="held-out rows, read as `data`")
     every_steps: int = Field(0, ge=0, description="0 = only before the first and after the last step")
-    best_metric: str | None = Field(None, description="keep the best checkpoint by this metric, e.g. rewards/accuracies")
-    greater_is_better: bool = True
     num_samples: int = Field(0, ge=0, description="held-out prompts to sample from, before and after; 0 = none")
     sampling: SamplingConfig = SamplingConfig()
-    rewards: list[RewardConfig] = Field([], description="score the samples; gives eval_win_rate against the start model")
+    rewards: list[RewardConfig] = Field(
+        [], description="score the samples; gives eval_win_rate against the start model"
+    )

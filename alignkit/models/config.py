@@ -38,6 +38,10 @@ class ModelConfig(Config):
 class RosterModelConfig(Config):
     """Another model of the run, by name under `models`."""
 
-    source: str = Field("policy", alias="from", description="'policy' = the weights the run starts from, or a model path")
+    source: str = Field(
+        "policy", alias="from", description="'policy' = the weights the run starts from, or a model path"
+    )
     refresh: Literal["never"] = Field("never", description="when it moves")
-    precompute: bool = Field(True, description="score the whole data set once, keep the numbers on disk, free the model")
+    precompute: bool = Field(
+        True, description="score the whole data set once, keep the numbers on disk, free the model"
+    )

@@ -1,0 +1,137 @@
+"""One data entry → groups ready for training, with an account of every row that was left out or changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from alignkit.core.types import Completion, Group, Message, Score
+from alignkit.data.config import DataConfig
+from alignkit.data.render import Rendered, Renderer
+from alignkit.data.report import DataReport
+from alignkit.data.shapes import CONSUMED, BadRow, Example, Text, check_columns, detect_format, to_example
+from alignkit.data.sources import Table, read_rows
+
+ID_COLUMNS = ("id", "_id", "index")
+CHUNK = 512
+"""Rows rendered at once: enough for the tokenizer to work in parallel, little enough to stay small in memory."""
+
+
+def load_groups(config: DataConfig, renderer: Renderer, *, max_length: int) -> tuple[list[Group], DataReport]:
+    """Read, render and cut the rows of one data entry to `max_length` tokens of prompt + completion.
+
+    Raises: DataError when the source or a column is missing, no row is usable, or `max_bad_fraction` is exceeded.
+    """
+    table = read_rows(config)
+    columns = table.columns
+    name = detect_format(columns, config.path) if config.format == "auto" else config.format
+    check_columns(name, columns, config.path)
+    report = DataReport(config.path, name, len(table.rows))
+    groups: list[Group] = []
+    for start in range(0, len(table.rows), CHUNK):
+        span = range(start, min(start + CHUNK, len(table.rows)))
+        groups += _chunk_groups(table, span, config, renderer, report, max_length)
+    report.kept = len(groups)
+    report.check_budget(config.max_bad_fraction)
+    return groups, report
+
+
+def _chunk_groups(
+    table: Table, span: range, config: DataConfig, renderer: Renderer, report: DataReport, max_length: int
+) -> list[Group]:
+    """The groups of some rows; every other row is counted in `report`."""
+    examples: list[tuple[int, Example]] = []
+    for i in span:
+        try:
+            examples.append((i, to_example(table.rows[i], report.format)))
+        except BadRow as bad:
+            report.drop(bad.reason, _where(table, i, bad.note))
+    groups = []
+    for (i, example), rendered in zip(examples, renderer.render([example for _, example in examples]), strict=True):
+        if isinstance(rendered, BadRow):
+            report.drop(rendered.reason, _where(table, i, rendered.note))
+            continue
+        prompt, completion = len(rendered.prompt), max(map(len, rendered.completions), default=0)
+        report.measure(prompt=prompt, completion=completion, total=prompt + completion)
+        try:
+            changes = fit(rendered, renderer.bos_id, max_length, config.overlong)
+        except BadRow as bad:
+            report.drop(bad.reason, _where(table, i, bad.note))
+            continue
+        for change in changes:
+            report.change(change, _where(table, i))
+        groups.append(_group(table, i, config.path, example, rendered))
+    return groups
+
+
+def fit(rendered: Rendered, bos_id: int | None, max_length: int, overlong: Literal["drop", "cut"]) -> list[str]:
+    """Cut `rendered` in place to `max_length` tokens and return what was changed, as the report names it.
+
+    The prompt gives way first, from the left, down to one token behind BOS; completions share what is left of it.
+    Raises: BadRow when the longest completion still does not fit and may not be cut, or nothing is left to learn from.
+    """
+    changes = ["boundary merged"] * rendered.boundary_merged + ["turn rewritten"] * (rendered.turns_rewritten > 0)
+    prompt, longest = rendered.prompt, max(map(len, rendered.completions), default=1)
+    front = int(prompt[0] == bos_id)
+    keep = max(max_length - longest, min(front + 1, max_length - 1))
+    if len(prompt) > keep:
+        rendered.prompt = [*prompt[:front], *prompt[len(prompt) - keep + front :]]
+        changes.append("prompt cut")
+    room = max_length - len(rendered.prompt)
+    if longest > room:
+        if overlong == "drop":
+            raise BadRow("overlong", f"{len(prompt)} prompt and {longest} completion tokens, room for {max_length}")
+        rendered.completions = [completion[:room] for completion in rendered.completions]
+        rendered.trained = [flags and flags[:room] for flags in rendered.trained]
+        changes.append("completion cut")
+    if len(rendered.completions) > 1 and all(tokens == rendered.completions[0] for tokens in rendered.completions):
+        raise BadRow("equal completions", "once they are rendered and cut")
+    if any(flags is not None and not any(flags) for flags in rendered.trained):
+        raise BadRow("empty completion", "no token of an assistant turn is left")
+    return changes
+
+
+def _group(table: Table, i: int, path: str, example: Example, rendered: Rendered) -> Group:
+    row = table.rows[i]
+    column = _id_column(row)
+    prompt = example.prompt
+    return Group(
+        id=str(row[column]) if column else f"{Path(path).name}:{table.numbers[i]}",
+        messages=[Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt,
+        prompt=rendered.prompt,
+        completions=[
+            Completion(
+                text=_answer(text),
+                tokens=tokens,
+                trained=trained,
+                scores={} if score is None else {"score": Score(score)},
+                reward=reward,
+            )
+            for text, tokens, trained, score, reward in zip(
+                example.completions,
+                rendered.completions,
+                rendered.trained,
+                example.scores,
+                example.rewards,
+                strict=True,
+            )
+        ],
+        fields={name: value for name, value in row.items() if name not in CONSUMED and name != column},
+    )
+
+
+def _id_column(row: Mapping[str, Any]) -> str | None:
+    return next((name for name in ID_COLUMNS if row.get(name) is not None), None)
+
+
+def _answer(completion: Text) -> str:
+    """What the assistant said last."""
+    return completion if isinstance(completion, str) else completion[-1].get("content") or ""
+
+
+def _where(table: Table, i: int, note: str = "") -> str:
+    row = table.rows[i]
+    column = _id_column(row)
+    place = f"{table.word} {table.numbers[i]}" + (f" ({column} {row[column]})" if column else "")
+    return f"{place}: {note}" if note else place

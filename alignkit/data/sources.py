@@ -1,0 +1,239 @@
+"""Files, folders and hub data sets → rows. JSON is read here, line by line; everything else through `datasets`."""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import json
+import os
+import re
+import tempfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, cast
+
+from alignkit.core.errors import DataError
+from alignkit.data.config import DataConfig
+
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+PACKED = (".gz", ".zst")
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows as read: `numbers[i]` is where row i stands (1-based), in `word`s of the file."""
+
+    rows: list[dict[str, Any]]
+    numbers: list[int]
+    word: str = "row"
+
+    @property
+    def columns(self) -> list[str]:
+        """Every column that any row has, in order of appearance."""
+        return list(dict.fromkeys(column for row in self.rows for column in row))
+
+
+def read_rows(config: DataConfig) -> Table:
+    """The rows of one data entry with `split`, `limit` and `fields` applied.
+
+    Raises: DataError when the source is missing, cannot be read, is empty, or lacks a column that `fields` names.
+    """
+    path = Path(config.path).expanduser()
+    if not path.exists():
+        table = _from_hub(config)
+    elif path.is_dir():
+        table = _from_folder(path, config)
+    else:
+        table = _from_file(path, config)
+    if config.limit is not None:
+        table = Table(table.rows[: config.limit], table.numbers[: config.limit], table.word)
+    if not table.rows:
+        raise DataError(f"{config.path}: split {config.split!r} holds no rows")
+    return _map_fields(table, config)
+
+
+def _map_fields(table: Table, config: DataConfig) -> Table:
+    if not config.fields:
+        return table
+    constants = {ours: theirs[1:] for ours, theirs in config.fields.items() if theirs.startswith("=")}
+    mapped = {ours: theirs for ours, theirs in config.fields.items() if ours not in constants}
+    columns = table.columns
+    for ours, theirs in mapped.items():
+        if theirs not in columns:
+            near = difflib.get_close_matches(theirs, columns, 1, 0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise DataError(
+                f"{config.path}: `fields: {{{ours}: {theirs}}}` names a column that is not there, from "
+                f"{table.word} {table.numbers[0]} to {table.numbers[-1]}. Columns there: {', '.join(columns)}.{hint} "
+                f"A constant is written with an equals sign: `{ours}: ={theirs}`."
+            )
+    moved = set(mapped.values())
+    rows = [
+        {column: value for column, value in row.items() if column not in moved}
+        | {ours: row[theirs] for ours, theirs in mapped.items() if theirs in row}
+        | constants
+        for row in table.rows
+    ]
+    return Table(rows, table.numbers, table.word)
+
+
+def _kind(path: Path) -> str | None:
+    """The extension that says how a file is read, compression aside; None when it is not one of ours."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in PACKED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in BUILDERS else None
+
+
+def _from_file(path: Path, config: DataConfig) -> Table:
+    kind = _kind(path)
+    if kind is None:
+        raise DataError(
+            f"{path}: unknown file type. Expected {', '.join(BUILDERS)}, each also with {' or '.join(PACKED)} behind."
+        )
+    name, start, stop = _slice(config.split)
+    if name not in ("train", "all"):
+        raise DataError(
+            f"{path}: a single file has no split {name!r}, all its rows are 'train'. Leave `split` out, or name the "
+            "folder that holds a file for each split."
+        )
+    if kind in (".jsonl", ".json") and path.suffix != ".zst":
+        whole = (start, stop) == (None, None)
+        table = _from_json(path, config.limit if whole else None)
+    else:
+        table = _through_datasets(str(path), BUILDERS[kind], data_files=str(path), split="train")
+    total = len(table.rows)
+    chosen = slice(_position(start, total), _position(stop, total))
+    return Table(table.rows[chosen], table.numbers[chosen], table.word)
+
+
+def _slice(split: str) -> tuple[str, str | None, str | None]:
+    """`train[10%:200]` → ("train", "10%", "200")."""
+    match = re.fullmatch(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split.strip())
+    if match is None:
+        raise DataError(f"split {split!r} is not understood. Expected a name with at most one slice: train[:10%]")
+    return match[1], match[2], match[3]
+
+
+def _position(bound: str | None, total: int) -> int | None:
+    if bound is None:
+        return None
+    return round(total * int(bound[:-1]) / 100) if bound.endswith("%") else int(bound)
+
+
+def _from_json(path: Path, limit: int | None) -> Table:
+    """JSON lines, or one JSON list of objects. Raises DataError with the number of the line that cannot be read."""
+    try:
+        with cast(IO[bytes], gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
+            head = file.peek(1024) if isinstance(file, gzip.GzipFile) else file.read(1024)
+            file.seek(0)
+            if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+                return _json_list(path, file.read())
+            rows = list(islice(_json_lines(path, file), limit))
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    return Table([row for _, row in rows], [number for number, _ in rows], "line")
+
+
+def _json_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield number, _json_object(path, f"line {number}", _parse_json(path, f"line {number}", line))
+
+
+def _json_list(path: Path, content: bytes) -> Table:
+    items = _parse_json(path, "list", content)
+    return Table(
+        [_json_object(path, f"entry {i}", item) for i, item in enumerate(items, 1)],
+        [*range(1, len(items) + 1)],
+        "entry",
+    )
+
+
+def _parse_json(path: Path, where: str, content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise DataError(
+            f"{path}: {where} is not valid JSON ({error}). It begins {content[:60].decode(errors='replace')!r}. "
+            "Expected one JSON object a line, or one list of objects."
+        ) from None
+
+
+def _json_object(path: Path, where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: {where} is {type(value).__name__}, expected a JSON object with a row's columns")
+    return value
+
+
+def _from_folder(path: Path, config: DataConfig) -> Table:
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        return _saved_dataset(path, config)
+    if not any(_kind(file) for file in path.rglob("*") if file.is_file()):
+        inside = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
+        raise DataError(f"{path}: no data files in this folder ({', '.join(BUILDERS)}); it holds {inside}")
+    return _through_datasets(str(path), str(path), name=config.name, split=config.split)
+
+
+def _saved_dataset(path: Path, config: DataConfig) -> Table:
+    from datasets import DatasetDict, load_from_disk
+
+    name, start, stop = _slice(config.split)
+    found = load_from_disk(str(path))
+    if isinstance(found, DatasetDict):
+        if name not in found:
+            raise DataError(f"{path}: no split {name!r}; splits there: {', '.join(found)}")
+        found = found[name]
+    first, last, _ = slice(_position(start, len(found)), _position(stop, len(found))).indices(len(found))
+    rows = found.select(range(first, max(first, last))).to_list()
+    return Table(rows, [*range(first + 1, first + 1 + len(rows))])
+
+
+def _through_datasets(path: str, builder: str, **options: Any) -> Table:
+    """Local files by a `datasets` builder, its cache thrown away: the rows are in memory then."""
+    with tempfile.TemporaryDirectory(prefix="alignkit-data-") as cache:
+        return _load(path, builder, cache_dir=cache, **options)
+
+
+def _from_hub(config: DataConfig) -> Table:
+    path = Path(config.path).expanduser()
+    if _kind(path) or config.path.startswith((".", "/", "~")) or config.path.count("/") > 1:
+        raise DataError(f"{config.path}: there is no such file or folder.{_nearest(path)}")
+    return _load(config.path, config.path, name=config.name, split=config.split)
+
+
+def _nearest(path: Path) -> str:
+    """What the deepest existing folder of `path` holds that is nearest to what was asked for."""
+    missing, folder = path, path.parent
+    while not folder.exists():
+        missing, folder = folder, folder.parent
+    near = difflib.get_close_matches(missing.name, [entry.name for entry in folder.iterdir()], 1, 0.5)
+    return f" Did you mean {folder / near[0]}?" if near else f" Folder {folder.resolve()} holds nothing of a like name."
+
+
+def _load(path: str, builder: str, **options: Any) -> Table:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(builder, **options).to_list()
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise DataError(
+            f"{path}: neither a file or folder here, nor a hub data set that can be reached "
+            f"({_first_line(error)}).{_nearest(Path(path))}"
+        ) from None
+    except (DatasetsError, ValueError, OSError) as error:
+        raise DataError(f"{path}: cannot be read: {_first_line(error.__cause__ or error)}") from None
+    finally:
+        datasets.enable_progress_bars()
+    return Table(rows, [*range(1, len(rows) + 1)])
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

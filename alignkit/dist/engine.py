@@ -1,0 +1,88 @@
+"""Prepare, accumulate, clip, step: the only file that imports accelerate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from alignkit.dist.world import AnyWorld, LocalWorld, ProcessWorld, check_world
+
+
+class DistEngine:
+    """The backend of a run. One process and DDP behave alike: gradients are sums over ranks, never means."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        on_cpu = not torch.cuda.is_available()
+        self._accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision="no",  # the policy owns autocast; accelerate's would upcast whole logits to float32
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        check_world(self._accelerator.num_processes)
+        self.device: torch.device = self._accelerator.device
+        self.world: AnyWorld = (
+            ProcessWorld(self.device) if self._accelerator.num_processes > 1 else LocalWorld()
+        )
+        self.dtype = dtype
+        self._module: Any = None
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.world.rank == 0
+
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """The module to call for training forwards; the optimizer steps through `step`."""
+        self._module = self._accelerator.prepare(module) if self.world.size > 1 else module
+        self._optimizer = optimizer
+        prepared: nn.Module = self._module
+        return prepared
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The recipe's dtype for the forward pass; float32 means no autocast."""
+        on = self.dtype != torch.float32
+        with torch.autocast(self.device.type, dtype=self.dtype) if on else nullcontext():
+            yield
+
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        """Around forward and backward of one micro-batch: ranks exchange gradients at the last one only."""
+        with nullcontext() if last or self.world.size == 1 else self._module.no_sync():
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this micro-batch's share of the global loss. DDP averages over ranks, so scale that away."""
+        (loss * self.world.size).backward()
+
+    def grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+        """Clip to `max_norm` (0 = do not) and return the L2 norm before clipping."""
+        limit = max_norm if max_norm > 0 else float("inf")
+        return torch.nn.utils.clip_grad_norm_(list(parameters), limit).detach()
+
+    def step(self) -> None:
+        """Move the weights and forget the gradients."""
+        assert self._optimizer is not None
+        self._optimizer.step()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        assert self._optimizer is not None
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def close(self) -> None:
+        """Leave the process group, so that the interpreter ends without a warning."""
+        self._accelerator.end_training()
+
+
+def launched_rank() -> int:
+    """The rank the launcher gave this process, before any process group exists."""
+    return int(os.environ.get("RANK", "0"))

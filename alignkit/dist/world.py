@@ -1,0 +1,89 @@
+"""Rank facts and reductions. Nothing outside `dist` knows how ranks talk."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from alignkit.core.errors import EnvironmentProblem
+
+
+class LocalWorld:
+    """One process: every reduction is the identity."""
+
+    rank = 0
+    size = 1
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The value itself."""
+        return x
+
+    def mean(self, x: Tensor, over: Tensor) -> Tensor:
+        """Mean of `x` where `over` is True; 0 when nowhere."""
+        return masked_mean(self, x, over)
+
+    def gather(self, obj: Any) -> list[Any]:
+        """A list of this object alone."""
+        return [obj]
+
+    def barrier(self) -> None:
+        """Nothing to wait for."""
+
+
+class ProcessWorld:
+    """Several processes over torch.distributed's default group."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._device = device
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Elementwise sum over ranks, on the device and in the dtype of `x`; the argument is left alone."""
+        total = x.detach().to(self._device, copy=True)
+        dist.all_reduce(total)
+        return total.to(x.device)
+
+    def mean(self, x: Tensor, over: Tensor) -> Tensor:
+        """Global mean of `x` where `over` is True; 0 when nowhere."""
+        return masked_mean(self, x, over)
+
+    def gather(self, obj: Any) -> list[Any]:
+        """Every rank's object, in rank order."""
+        objects: list[Any] = [None] * self.size
+        dist.all_gather_object(objects, obj)
+        return objects
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier()
+
+
+AnyWorld = LocalWorld | ProcessWorld
+
+
+def masked_mean(world: AnyWorld, x: Tensor, over: Tensor) -> Tensor:
+    """Sum and count are reduced, never means of ranks: those are right only for equal counts."""
+    both = torch.stack([x.detach().double().where(over, 0.0).sum(), over.sum().double()])
+    total, count = world.sum(both).unbind()
+    return (total / count.clamp(min=1)).to(x.dtype)
+
+
+def check_world(size: int) -> None:
+    """Compare the world that runs with the one that was launched.
+
+    On CPU accelerate can silently run every process alone: each trains by itself and none says so.
+
+    Raises:
+        EnvironmentProblem: the sizes differ.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != size:
+        raise EnvironmentProblem(
+            f"{launched} processes were launched (WORLD_SIZE) but this run sees {size}. On CPU, launch with torchrun or "
+            "an accelerate config that has `distributed_type: MULTI_GPU` and `use_cpu: true`; with MULTI_CPU accelerate "
+            "starts a single process."
+        )

@@ -1,0 +1,206 @@
+"""Checkpoints: written aside, hashed, renamed, rotated; blind to what they hold.
+
+checkpoint-<step>/
+  manifest.json              size and sha256 of every other file
+  <part>.json, .safetensors  one pair a named part; tensors apart, the rest as JSON
+  rank-<r>/…                 parts every rank has its own of
+  …                          whatever `write_model` puts there: a folder transformers loads
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from alignkit.core.contracts import Stateful
+from alignkit.core.errors import EnvironmentProblem, RunFailed
+from alignkit.dist.world import AnyWorld
+
+MANIFEST = "manifest.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run folder. Every rank calls every method."""
+
+    def __init__(self, folder: Path, limit: int, world: AnyWorld) -> None:
+        self._folder, self._limit, self._world = folder, limit, world
+
+    def save(
+        self,
+        step: int,
+        shared: Mapping[str, Stateful],
+        local: Mapping[str, Stateful],
+        write_model: Callable[[Path], None],
+    ) -> Path:
+        """Write `checkpoint-<step>` whole or not at all, then drop the oldest ones.
+
+        `shared` parts are equal on all ranks and written once; `local` ones are written by every rank.
+
+        Raises:
+            EnvironmentProblem: the disk is full or not writable; the checkpoints before are untouched.
+        """
+        final, temporary = self._folder / f"checkpoint-{step}", self._folder / f".writing-checkpoint-{step}"
+        try:
+            if self._world.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            self._world.barrier()
+            mine = temporary / f"rank-{self._world.rank}"
+            mine.mkdir()
+            for name, part in local.items():
+                write_state(mine, name, part.state_dict())
+            if self._world.rank == 0:
+                for name, part in shared.items():
+                    write_state(temporary, name, part.state_dict())
+                write_model(temporary)
+            self._world.barrier()
+            if self._world.rank == 0:
+                _seal(temporary)
+                shutil.rmtree(final, ignore_errors=True)
+                temporary.rename(final)
+                _sync(self._folder)
+                self._rotate()
+            self._world.barrier()
+        except Exception as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            # safetensors wraps the operating system's error in one of its own and keeps only its text
+            if isinstance(error, OSError) or "os error" in str(error).lower():
+                raise disk_problem(final, error) from error
+            raise
+        return final
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, valid or not, newest first."""
+        found = [p.name.removeprefix("checkpoint-") for p in self._folder.glob("checkpoint-*")]
+        return sorted((int(step) for step in found if step.isdigit()), reverse=True)
+
+    def newest_valid(self, say: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint whose every file has its recorded hash; says which ones it passes over and why."""
+        found: Path | None = None
+        if self._world.rank == 0:
+            for step in self.steps():
+                path = self._folder / f"checkpoint-{step}"
+                fault = find_fault(path)
+                if fault is None:
+                    found = path
+                    break
+                say(f"{path} is not usable ({fault}); trying the one before")
+        chosen: Path | None = self._world.gather(found)[0]
+        return chosen
+
+    def load(self, path: Path, shared: Mapping[str, Stateful], local: Mapping[str, Stateful]) -> None:
+        """Restore every part. Raises RunFailed when the checkpoint is of another world size inside a round."""
+        for name, part in shared.items():
+            part.load_state_dict(read_state(path, name))
+        mine = path / f"rank-{self._world.rank}"
+        ranks = len(list(path.glob("rank-*")))
+        if ranks != self._world.size:
+            raise RunFailed(
+                f"{path} was written by {ranks} processes, this run has {self._world.size}. Bit-exact resume needs the "
+                f"same number: launch {ranks}."
+            )
+        for name, part in local.items():
+            part.load_state_dict(read_state(mine, name))
+
+    def _rotate(self) -> None:
+        for step in self.steps()[self._limit :]:
+            shutil.rmtree(self._folder / f"checkpoint-{step}")
+
+
+def find_fault(path: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None."""
+    manifest = path / MANIFEST
+    if not manifest.is_file():
+        return "no manifest: it was not finished"
+    try:
+        entries: dict[str, dict[str, Any]] = json.loads(manifest.read_text())
+    except json.JSONDecodeError:
+        return "its manifest is cut short"
+    for name, entry in entries.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["size"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {entry['size']}"
+        if _sha256(file) != entry["sha256"]:
+            return f"{name} does not have its recorded sha256"
+    return None
+
+
+def write_state(folder: Path, name: str, state: dict[str, Any]) -> None:
+    """A nested state as `<name>.json` and, if it holds tensors, `<name>.safetensors`. No pickle."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def encode(value: Any, path: str) -> Any:
+        if isinstance(value, torch.Tensor):
+            tensors[path] = value.detach().cpu().contiguous().clone()
+            return {"$tensor": path}
+        if isinstance(value, dict):
+            return {"$pairs": [[k, encode(v, f"{path}/{k}")] for k, v in value.items()]}
+        if isinstance(value, list | tuple):
+            return [encode(v, f"{path}/{i}") for i, v in enumerate(value)]
+        if value is None or isinstance(value, str | int | float | bool):
+            return value
+        raise TypeError(f"state of {name!r} at {path}: {type(value).__name__} is neither tensor, number, text nor list")
+
+    encoded = encode(state, name)
+    if tensors:
+        save_file(tensors, folder / f"{name}.safetensors")
+    (folder / f"{name}.json").write_text(json.dumps(encoded), encoding="utf-8")
+
+
+def read_state(folder: Path, name: str) -> dict[str, Any]:
+    """What `write_state` wrote; keys and tensors come back as they were, tuples as lists."""
+    tensors = load_file(folder / f"{name}.safetensors") if (folder / f"{name}.safetensors").is_file() else {}
+
+    def decode(value: Any) -> Any:
+        if isinstance(value, dict):
+            if "$tensor" in value:
+                return tensors[value["$tensor"]]
+            return {k: decode(v) for k, v in value["$pairs"]}
+        return [decode(v) for v in value] if isinstance(value, list) else value
+
+    state: dict[str, Any] = decode(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+    return state
+
+
+def disk_problem(path: Path, error: Exception) -> EnvironmentProblem:
+    """What to tell a user whose disk refuses a write."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+    parent = next(p for p in [path, *path.parents] if p.exists())
+    free = shutil.disk_usage(parent).free / 2**20
+    cause = f"the disk is full ({free:.0f} MiB free)" if full else str(error)
+    return EnvironmentProblem(
+        f"cannot write {path}: {cause}. What was saved before is untouched: free some space (or lower "
+        "train.save_total_limit) and continue with `alignkit resume`."
+    )
+
+
+def _seal(folder: Path) -> None:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    entries = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    (folder / MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    for path in [*files, folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,98 @@
+"""Where a run is: the counters, and the round in hand with its optimizer batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from alignkit.core.contracts import World
+from alignkit.core.rng import permutation
+from alignkit.core.types import Batch, Unit
+
+
+class Progress:
+    """Counters of the run. `step` counts optimizer steps, `tokens` every token trained on over all ranks."""
+
+    def __init__(self, total_rounds: int, total_steps: int) -> None:
+        self.total_rounds, self.total_steps = total_rounds, total_steps
+        self.round, self.step, self.tokens = 0, 0, 0
+
+    @property
+    def version(self) -> int:
+        """The policy's version: how many steps have moved it."""
+        return self.step
+
+    def rounds(self) -> Iterator[int]:
+        """Rounds from the present one on, until the steps are spent."""
+        while self.round < self.total_rounds and self.step < self.total_steps:
+            yield self.round
+            self.round += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters."""
+        return {"round": self.round, "step": self.step, "tokens": self.tokens}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue counting."""
+        self.round, self.step, self.tokens = state["round"], state["step"], state["tokens"]
+
+
+class Round:
+    """One round's annotated batch, cut into optimizer batches; may be left and resumed half-way."""
+
+    def __init__(self, seed: int, batch_size: int, epochs: int) -> None:
+        self._seed, self._batch_size, self._epochs = seed, batch_size, epochs
+        self.index = -1
+        self.batch: Batch | None = None
+        self.groups: list[str] = []
+        self._parts: list[list[int]] = []
+        self._cursor = 0
+
+    def begin(self, index: int, batch: Batch, units: list[Unit], world: World) -> None:
+        """Take a new round. Which unit falls into which part depends on the global order, never on the rank layout."""
+        self.index, self.batch, self._cursor = index, batch, 0
+        self.groups = [unit[0].group for unit in units]
+        counts: list[int] = world.gather(len(units))
+        total = sum(counts)
+        # Groups are dealt to ranks like cards, so unit i of rank r stands at i * size + r when every group gives one.
+        places = sorted((i, r) for r, n in enumerate(counts) for i in range(n))
+        mine = {place: number for number, (place, r) in enumerate(places) if r == world.rank}
+        num_parts = math.ceil(total / self._batch_size)
+        self._parts = []
+        for epoch in range(self._epochs):
+            order = permutation(total, self._seed, "parts", index, epoch) if num_parts > 1 else list(range(total))
+            for p in range(num_parts):
+                chosen = set(order[p * self._batch_size : (p + 1) * self._batch_size])
+                self._parts.append([i for i, number in sorted(mine.items()) if number in chosen])
+
+    def part(self) -> list[int] | None:
+        """Local unit indices of the next optimizer batch (maybe none on this rank); None = the round is spent."""
+        return self._parts[self._cursor] if self._cursor < len(self._parts) else None
+
+    def advance(self) -> None:
+        """The part in hand has been trained on."""
+        self._cursor += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything of an unfinished round; of a spent one only its index."""
+        state: dict[str, Any] = {"index": self.index, "cursor": self._cursor, "parts": self._parts, "batch": None}
+        if self.part() is None or self.batch is None:
+            return {**state, "parts": [], "cursor": 0, "groups": []}
+        return {
+            **state,
+            "groups": self.groups,
+            "batch": {"inputs": self.batch.inputs, "columns": self.batch.columns, "k": self.batch.k},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the round where it was left."""
+        self.index, self._cursor, self._parts = state["index"], state["cursor"], state["parts"]
+        self.groups = state["groups"]
+        saved = state["batch"]
+        self.batch = None if saved is None else Batch(saved["inputs"], saved["columns"], saved["k"])
+
+
+def unit_size(units: list[Unit], world: World) -> int:
+    """Rows a unit, known also to a rank whose share of the round is empty."""
+    return max(world.gather(len(units[0]) if units else 1))

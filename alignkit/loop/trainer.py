@@ -1,0 +1,191 @@
+"""The loop. Read `run` and `update`: there is no other.
+
+A round is: groups from the stream, completions, scores, units, columns, annotations; then one or more optimizer steps.
+Nothing here knows which algorithm runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignkit.core.contracts import Algorithm, RolloutEngine, Stateful
+from alignkit.core.errors import Interrupted, RunFailed
+from alignkit.core.rng import key
+from alignkit.core.types import Batch, Group
+from alignkit.data.collate import collate, cut, select_units, to_device, unit_lengths
+from alignkit.data.stream import Stream
+from alignkit.dist.engine import DistEngine
+from alignkit.loop.checkpoint import Checkpoints
+from alignkit.loop.config import TrainConfig
+from alignkit.loop.evaluate import Evaluator
+from alignkit.loop.failure import dump_batch, nonfinite_message
+from alignkit.loop.reduction import combine, common_metrics, emptied, global_counts
+from alignkit.loop.round import Progress, Round, unit_size
+from alignkit.loop.signals import StopRequest
+from alignkit.loop.truths import check_closed_form, check_reference, check_rows
+from alignkit.models.policy import CausalPolicy
+from alignkit.models.roster import Roster
+from alignkit.track.metrics import Totals, add, reduce, values
+from alignkit.track.tracker import Tracker
+
+LOGGED = frozenset({"entropy", "correct"})
+"""Outputs computed only for the log."""
+
+
+@dataclass
+class Trainer:
+    """Every part of a run, assembled; `run` trains from wherever the parts stand."""
+
+    config: TrainConfig
+    seed: int
+    folder: Path
+    algorithm: Algorithm[Any]
+    policy: CausalPolicy
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    dist: DistEngine
+    stream: Stream
+    engine: RolloutEngine
+    rewards: Callable[[list[Group]], list[Group]]
+    roster: Roster
+    progress: Progress
+    round: Round
+    track: Tracker
+    checkpoints: Checkpoints
+    evaluator: Evaluator
+    write_model: Callable[[Path], None]
+    starts_at_reference: bool
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    def run(self) -> None:
+        """Train to the end, or until a signal asks to stop.
+
+        Raises:
+            Interrupted: stopped by a signal; a checkpoint of the last step is on disk.
+            RunFailed: a loss or gradient is not finite, or a step-0 truth does not hold.
+        """
+        algorithm, needs = self.algorithm, self.algorithm.needs
+        self.policy.module.train()
+        with self.stop:
+            if self.progress.step == 0:
+                self.evaluate()
+            for index in self.progress.rounds():
+                if self.round.index != index:
+                    groups = self.rewards(self.engine.fill(self.stream.take(), needs.completions))
+                    self.roster.refresh(index)
+                    units = algorithm.build(groups)
+                    batch = self.roster.fill(collate(units, unit_size(units, self.dist.world)), needs.columns)
+                    self.round.begin(index, algorithm.annotate(batch, self.dist.world), units, self.dist.world)
+                    if self.progress.step == 0 and self.config.step0_checks:
+                        check_rows(self.policy, units, self.dist.dtype)
+                while (part := self.round.part()) is not None and self.progress.step < self.progress.total_steps:
+                    self.update(part)
+                    self.round.advance()
+                    self.due()
+                self.engine.sync(self.progress.version)
+            if not self.evaluator.due(self.progress.step) and self.progress.step > 0:
+                self.evaluate()
+            self.save()
+
+    def update(self, part: list[int]) -> None:
+        """One optimizer step on these units of the round, whatever the micro-batches and ranks."""
+        started, step, batch = time.perf_counter(), self.progress.step + 1, self.round.batch
+        assert batch is not None
+        torch.manual_seed(key(self.seed, "step", step, self.dist.world.rank))  # adapter dropout draws from it
+        outputs = self.algorithm.needs.outputs | (LOGGED if self.track.wants(step) else frozenset())
+        counts = global_counts(batch, part, self.dist.world)
+        micros, totals = self.micros(batch, part), Totals()
+        for i, micro in enumerate(micros):
+            with self.dist.accumulate(last=i == len(micros) - 1):
+                out = self.policy.forward(micro, outputs)
+                if step == 1 and self.config.step0_checks and self.starts_at_reference:
+                    check_reference(out.logps, micro, self.dist.dtype)
+                terms, metrics = self.algorithm.loss(out, micro)
+                loss, logged = combine(terms, micro, counts)
+                self.dist.backward(loss)
+            add(totals, {**logged, **metrics, **common_metrics(out, micro)})
+        totals = reduce(totals, self.dist.world)
+        found = values(totals)
+        grad_norm = float(self.dist.grad_norm(self.policy.parameters(), self.config.max_grad_norm))
+        if not all(isfinite(x) for x in (*found.values(), grad_norm)):
+            raise self.nonfinite(part, {**found, "grad_norm": grad_norm})
+        if step == 1 and self.config.step0_checks and self.starts_at_reference:
+            check_closed_form(self.algorithm.at_reference(), found, self.dist.dtype)
+        learning_rate = float(self.scheduler.get_last_lr()[0])
+        self.dist.step()
+        self.scheduler.step()
+        self.progress.step, self.progress.tokens = step, self.progress.tokens + int(found.pop("num_input_tokens"))
+        self.algorithm.observe(found)
+        del totals["num_input_tokens"]
+        if len(terms) == 1:  # it is the loss
+            del totals[f"loss/{next(iter(terms))}"]
+        seconds = time.perf_counter() - started
+        facts = {"epoch": self.stream.epoch, "learning_rate": learning_rate, "grad_norm": grad_norm}
+        facts["num_tokens"] = self.progress.tokens
+        self.track.step(step, totals, facts, {"step_time": seconds})
+
+    def micros(self, batch: Batch, part: list[int]) -> list[Batch]:
+        """Micro-batches of this rank, equally many on every rank, padded with empty ones."""
+        lengths = unit_lengths(batch)
+        index = cut([lengths[i] for i in part], batch.k, self.config.micro_batch_tokens, self.config.micro_batch_size)
+        real = [select_units(batch, [part[i] for i in micro]) for micro in index]
+        most = max(self.dist.world.gather(len(real)))
+        padded = real + [emptied(batch)] * (most - len(real))
+        return [to_device(micro, self.dist.device) for micro in padded]
+
+    def due(self) -> None:
+        """What comes after a step: evaluation, checkpoint, and leaving when asked to."""
+        step = self.progress.step
+        if self.evaluator.due(step):
+            self.evaluate()
+        stop = self.stop.agreed(self.dist.world)
+        if stop or (self.config.save_steps and step % self.config.save_steps == 0):
+            self.save()
+        if stop:
+            raise Interrupted(
+                f"stopped by {self.stop.name or 'another rank'} after step {step}; continue with `alignkit resume "
+                f"{self.folder}`"
+            )
+
+    def evaluate(self) -> None:
+        """Measure on held-out data and log it."""
+        record = self.evaluator.measure(self.progress.step)
+        if record:
+            self.track.log({"step": self.progress.step, "epoch": self.stream.epoch, **record})
+
+    def parts(self) -> tuple[dict[str, Stateful], dict[str, Stateful]]:
+        """All state that cannot be recomputed: what is equal on every rank, and what each rank has its own of."""
+        shared: dict[str, Stateful] = {
+            "progress": self.progress,
+            "optimizer": self.optimizer,
+            "lr_scheduler": self.scheduler,
+            "stream": self.stream,
+            "algorithm": self.algorithm,
+            "track": self.track,
+            "evaluator": self.evaluator,
+        }
+        return shared, {"round": self.round}
+
+    def save(self) -> None:
+        """Checkpoint this step, unless it is there already."""
+        if self.progress.step not in self.checkpoints.steps():
+            self.checkpoints.save(self.progress.step, *self.parts(), self.write_model)
+
+    def nonfinite(self, part: list[int], found: dict[str, float]) -> RunFailed:
+        """Before the step: dump the batch, keep a loadable checkpoint, say what broke."""
+        step, batch, world = self.progress.step + 1, self.round.batch, self.dist.world
+        assert batch is not None
+        broken = self.policy.broken_weights()
+        groups = [group for ids in world.gather([self.round.groups[i] for i in part]) for group in ids]
+        dump = dump_batch(self.folder / "debug" / f"step-{step}", batch, part, groups, found, world.rank)
+        if not broken or not self.checkpoints.steps():  # broken weights must not push out the last good ones
+            self.save()
+        newest = self.folder / f"checkpoint-{self.checkpoints.steps()[0]}"
+        return RunFailed(nonfinite_message(step, found, groups, broken, dump, newest))

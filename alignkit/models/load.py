@@ -1,0 +1,220 @@
+"""Recipe → modules: weights, dtype, adapters, activation checkpointing; tokenizer → renderer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import contextmanager
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from alignkit.core.errors import DataError, RecipeError
+from alignkit.data.render import Renderer
+from alignkit.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+POLICY_ADAPTER = "default"
+REFERENCE_ADAPTER = "reference"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def adapter_base(path: str) -> str | None:
+    """The base model an adapter folder names, or None when `path` is no adapter folder."""
+    config = Path(path) / "adapter_config.json"
+    if not config.is_file():
+        return None
+    base: str = json.loads(config.read_text())["base_model_name_or_path"]
+    return base
+
+
+@contextmanager
+def _explained(what: str, path: str) -> Iterator[None]:
+    """Turn the hub library's long stories into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RecipeError(
+            f"model.name_or_path: cannot load the {what} from {path!r}: {first}. Expected a folder with config.json, "
+            "weights and tokenizer, or a hub id this machine can reach."
+        ) from error
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the weights, of an adapter's base where the adapter has none."""
+    from transformers import AutoTokenizer
+
+    path = config.name_or_path
+    base = adapter_base(path)
+    if base is not None and not (Path(path) / "tokenizer_config.json").is_file():
+        path = base
+    with _explained("tokenizer", path):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    if config.chat_template is not None:
+        tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def stop_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokenizer EOS and every EOS of generation_config: chat models end a turn with another token than a text."""
+    from transformers import GenerationConfig
+
+    ids: set[int] = set()
+    if tokenizer.eos_token_id is not None:
+        ids.add(int(tokenizer.eos_token_id))
+    try:
+        generation = GenerationConfig.from_pretrained(
+            adapter_base(config.name_or_path) or config.name_or_path, revision=config.revision
+        )
+    except OSError:  # a model without the file has only its tokenizer's EOS
+        generation = None
+    if generation is not None and generation.eos_token_id is not None:
+        eos = generation.eos_token_id
+        ids.update(eos if isinstance(eos, list) else [int(eos)])
+    if not ids:
+        raise DataError(
+            f"model {config.name_or_path!r} names no end-of-text token: neither its tokenizer nor its "
+            "generation_config.json has an eos token, so no completion could ever stop. Set one in tokenizer_config.json."
+        )
+    return frozenset(ids)
+
+
+def load_renderer(config: ModelConfig) -> Renderer:
+    """The tokenizer with the rules by which rows become tokens."""
+    tokenizer = load_tokenizer(config)
+    stops = stop_ids(config, tokenizer)
+    eos = tokenizer.eos_token_id
+    return Renderer(
+        tokenizer,
+        stop_ids=stops,
+        chat_template=None,
+        eos_id=int(eos) if eos is not None else min(stops),
+        bos_id=tokenizer.bos_token_id,
+    )
+
+
+def load_base(config: ModelConfig, dtype: torch.dtype) -> Any:
+    """The transformers model with dropout off: log-ratios at step 0 must be exactly 0."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = adapter_base(config.name_or_path) or config.name_or_path
+    with _explained("model", path):
+        settings = AutoConfig.from_pretrained(
+            path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+        noise = {
+            name: value
+            for name, value in settings.to_dict().items()
+            if name.endswith(("dropout", "pdrop", "dropout_prob")) and isinstance(value, float) and value > 0
+        }
+        for name in noise:
+            setattr(settings, name, 0.0)
+        extra = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=settings,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            dtype=dtype,
+            **extra,
+        )
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for name, value in noise.items():  # what is exported must say what the original said
+        setattr(model.config, name, value)
+    return model
+
+
+def load_policy(config: ModelConfig) -> Any:
+    """The trainable model, on the CPU.
+
+    Full training keeps float32 weights whatever the compute dtype: steps of 1e-6 vanish in bfloat16. With `lora` the
+    frozen weights have the recipe's dtype and the adapter float32. `name_or_path` may be an adapter folder: with `lora`
+    its adapter goes on training and a frozen copy of it is the reference; without, it is merged into the weights.
+    """
+    adapter = config.name_or_path if adapter_base(config.name_or_path) is not None else None
+    model = load_base(config, torch.float32 if config.lora is None else DTYPES[config.dtype])
+    if config.lora is None:
+        if adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    else:
+        model = _with_adapter(model, config, adapter)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _with_adapter(model: Any, config: ModelConfig, adapter: str | None) -> Any:
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import PeftModel, get_peft_model
+
+    assert config.lora is not None
+    lora = config.lora
+    if adapter is None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # the start of an adapter is part of the recipe, not of the process
+            return get_peft_model(
+                model,
+                PeftLoraConfig(
+                    r=lora.r,
+                    lora_alpha=lora.alpha,
+                    lora_dropout=lora.dropout,
+                    target_modules=lora.target_modules,
+                    task_type="CAUSAL_LM",
+                ),
+            )
+    saved = json.loads((Path(adapter) / "adapter_config.json").read_text())
+    if (saved.get("r"), saved.get("lora_alpha")) != (lora.r, lora.alpha):
+        raise RecipeError(
+            f"model.lora: the adapter {adapter!r} has r={saved.get('r')}, alpha={saved.get('lora_alpha')}, the recipe "
+            f"r={lora.r}, alpha={lora.alpha}. Give the adapter's numbers to go on training it, or `lora: null` to merge "
+            "it and train all weights."
+        )
+    wrapped = PeftModel.from_pretrained(model, adapter, adapter_name=POLICY_ADAPTER, is_trainable=True)
+    wrapped.load_adapter(adapter, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
+    wrapped.set_adapter(POLICY_ADAPTER)
+    freeze_reference_adapter(wrapped)
+    return wrapped
+
+
+def freeze_reference_adapter(model: nn.Module) -> None:
+    """Only the policy's adapter trains. peft marks whichever adapter is active, so this is said again after a switch."""
+    for name, parameter in model.named_parameters():
+        if f".{REFERENCE_ADAPTER}." in name:
+            parameter.requires_grad_(False)
+        elif f".{POLICY_ADAPTER}." in name:
+            parameter.requires_grad_(True)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of every weight: two models with the same fingerprint give the same log-probabilities."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_context(model: Any, max_length: int) -> None:
+    """Refuse rows longer than the positions a model has been built for.
+
+    Raises:
+        RecipeError: `train.max_length` exceeds the model's context.
+    """
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and max_length > context:
+        raise RecipeError(
+            f"train.max_length: {max_length} tokens, but the model was built for {context}. Set train.max_length to at "
+            f"most {context}."
+        )

@@ -1,0 +1,134 @@
+"""The run's other models — reference today; previous, teacher, judge later — and the columns they fill."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from alignkit.core.errors import RunFailed
+from alignkit.core.types import Batch, Forward, Unit
+from alignkit.data.collate import cut, select_units, unit_lengths
+from alignkit.models.cache import LogpsCache
+from alignkit.models.policy import SCORING_TOKENS, CausalPolicy
+
+
+class ScoringModel(Protocol):
+    """A model of the run that scores without gradient."""
+
+    def forward(self, batch: Batch, outputs: frozenset[str]) -> Forward: ...
+
+    def release(self) -> None:
+        """Free the memory; the next forward loads again."""
+        ...
+
+
+class AdapterReference:
+    """The policy's own weights as they were before training: adapter off, or the frozen adapter it started from."""
+
+    def __init__(self, policy: CausalPolicy) -> None:
+        self._policy = policy
+
+    def forward(self, batch: Batch, outputs: frozenset[str]) -> Forward:
+        """Scores of the reference, eval mode."""
+        with self._policy.evaluating(), self._policy.as_reference():
+            return self._policy.forward(batch, outputs)
+
+    def release(self) -> None:
+        """Nothing of its own to free."""
+
+
+class FrozenModel:
+    """Weights of its own, loaded at the first forward and freed by `release`."""
+
+    def __init__(self, load: Callable[[], CausalPolicy]) -> None:
+        self._load = load
+        self._loaded: CausalPolicy | None = None
+
+    def forward(self, batch: Batch, outputs: frozenset[str]) -> Forward:
+        """Scores, eval mode."""
+        if self._loaded is None:
+            self._loaded = self._load()
+        with self._loaded.evaluating():
+            return self._loaded.forward(batch, outputs)
+
+    def release(self) -> None:
+        """Free the weights."""
+        self._loaded = None
+        gc.collect()
+
+
+class Roster:
+    """Models by name, and their log-probability caches by name.
+
+    A cached model is one that never moves: each of its rows is scored once, kept on disk, and found again.
+    """
+
+    def __init__(
+        self, policy: CausalPolicy, models: Mapping[str, ScoringModel], caches: Mapping[str, LogpsCache]
+    ) -> None:
+        self._policy, self._models, self._caches = policy, dict(models), dict(caches)
+
+    def refresh(self, round: int) -> None:
+        """The one moment other models move: after scoring, before columns. None moves yet."""
+        del round
+
+    def fill(self, batch: Batch, columns: Iterable[str]) -> Batch:
+        """`<model>.<output>` columns, without gradient, micro-batched.
+
+        Raises:
+            RunFailed: a model answers nan or infinity.
+        """
+        return batch.with_columns({name: self._column(batch, name) for name in sorted(columns)})
+
+    def precompute(self, units: Sequence[Unit], columns: Iterable[str], progress: Callable[[str], None]) -> None:
+        """Score all rows of a run once for its cached models, then free those models."""
+        for column in sorted(columns):
+            name, _, output = column.partition(".")
+            if output != "logps" or name not in self._caches or not units:
+                continue
+            cache, model = self._caches[name], self._models[name]
+            cache.fill(units, lambda batch, model=model: model.forward(batch, frozenset({"logps"})).logps, progress)
+            model.release()
+
+    def _column(self, batch: Batch, column: str) -> Tensor:
+        name, _, output = column.partition(".")
+        cache = self._caches.get(name) if output == "logps" else None
+        if cache is not None:
+            cached = cache.lookup(batch)
+            if cached is not None:
+                return cached
+        model = self._models[name] if name != "policy" else None
+        parts: list[tuple[list[int], Tensor]] = []
+        for index in cut(unit_lengths(batch), batch.k, SCORING_TOKENS):
+            micro = select_units(batch, index)
+            with self._policy.evaluating():
+                out = (model or self._policy).forward(micro, frozenset({output}))
+            value: Tensor | None = getattr(out, output)
+            if value is None:
+                raise RunFailed(f"column {column!r}: the model {name!r} has no output {output!r}")
+            parts.append((index, value.cpu()))
+        return _assemble(batch, parts, column)
+
+
+def _assemble(batch: Batch, parts: Sequence[tuple[list[int], Tensor]], column: str) -> Tensor:
+    width = batch["mask"].shape[1]
+    full: Tensor | None = None
+    for index, value in parts:
+        rows = (torch.tensor(index)[:, None] * batch.k + torch.arange(batch.k)).reshape(-1)
+        if full is None:
+            full = value.new_zeros((batch.num_rows, width) if value.ndim == 2 else (batch.num_rows,))
+        if value.ndim == 2:
+            full[rows, : value.shape[1]] = value
+        else:
+            full[rows] = value
+    assert full is not None
+    if not bool(torch.isfinite(full).all()):
+        raise RunFailed(
+            f"column {column!r} holds nan or infinity: the model that fills it has broken weights, or its dtype "
+            "overflows. Look for nan in its weights, or try model.dtype: float32."
+        )
+    return full

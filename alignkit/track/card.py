@@ -1,0 +1,126 @@
+"""`README.md`, the model card: what the model is, how it was made, how to load it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import yaml
+
+from alignkit.track.text import number
+
+
+class CardFacts(TypedDict):
+    """What a model card tells.
+
+    `base_model` is a hub id or a folder, `datasets` are the `path`s of the recipe's data, `peft` says that the folder
+    holds an adapter, `conversational` that the model was trained through its chat template. `paper` is the method's
+    reference in one line, `versions` package → version, `metrics` the last logged values.
+    """
+
+    base_model: str
+    datasets: Sequence[str]
+    algorithm: str
+    paper: str | None
+    peft: bool
+    conversational: bool
+    versions: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+
+def write_card(run_dir: Path, facts: CardFacts) -> Path:
+    """Write the model card of a finished run into its folder and return its path."""
+    name = run_dir.resolve().name
+    front = yaml.safe_dump(_front_matter(name, facts), sort_keys=False, allow_unicode=True)
+    parts = [
+        f"---\n{front}---",
+        f"# {name}",
+        _origin(facts),
+        "## Quick start",
+        f"```python\n{_quick_start(facts)}\n```",
+        "## Training procedure",
+        _procedure(facts),
+        *(["## Last metrics", _markdown_table("metric", facts["metrics"])] if facts["metrics"] else []),
+        "## Framework versions",
+        "\n".join(f"- {package} {version}" for package, version in facts["versions"].items()),
+    ]
+    path = run_dir / "README.md"
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` reads as `owner/name` on the hub and is no file or folder here."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not Path(name).exists()
+
+
+def _front_matter(name: str, facts: CardFacts) -> dict[str, Any]:
+    """The fields the hub reads. It refuses a card whose base_model or datasets are local paths, so those are left out."""
+    front: dict[str, Any] = {}
+    if is_hub_id(facts["base_model"]):
+        front["base_model"] = facts["base_model"]
+    if datasets := [path for path in dict.fromkeys(facts["datasets"]) if is_hub_id(path)]:
+        front["datasets"] = datasets
+    return {
+        **front,
+        "library_name": "peft" if facts["peft"] else "transformers",
+        "model_name": name,
+        "tags": ["generated_from_trainer", "alignkit", facts["algorithm"]],
+        "pipeline_tag": "text-generation",
+    }
+
+
+def _shown(path: str) -> str:
+    """A hub id as a link; of a local path only the last part, since the rest is about somebody's machine."""
+    return f"`{path}`" if is_hub_id(path) else f"`{Path(path).name}` (a local file or folder)"
+
+
+def _origin(facts: CardFacts) -> str:
+    what = "An adapter for" if facts["peft"] else "Trained from"
+    data = ", ".join(_shown(path) for path in dict.fromkeys(facts["datasets"]))
+    return f"{what} {_shown(facts['base_model'])} on {data} with alignkit's `{facts['algorithm']}`."
+
+
+def _quick_start(facts: CardFacts) -> str:
+    loader = "AutoPeftModelForCausalLM" if facts["peft"] else "AutoModelForCausalLM"
+    lines = [
+        "from peft import AutoPeftModelForCausalLM"
+        if facts["peft"]
+        else "from transformers import AutoModelForCausalLM",
+        "from transformers import AutoTokenizer",
+        "",
+        'folder = "."  # this folder, or the model\'s id on the hub',
+        f"model = {loader}.from_pretrained(folder)",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+    ]
+    if facts["conversational"]:
+        lines += [
+            'messages = [{"role": "user", "content": "Tell me a story."}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+            ")",
+        ]
+    else:
+        lines.append('inputs = tokenizer("Once upon a time", return_tensors="pt")')
+    return "\n".join(
+        [
+            *lines,
+            "output = model.generate(**inputs, max_new_tokens=128, do_sample=True)",
+            'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+        ]
+    )
+
+
+def _procedure(facts: CardFacts) -> str:
+    paper = f" The method is described in {facts['paper'].rstrip('.')}." if facts["paper"] else ""
+    return (
+        f"Method: `{facts['algorithm']}`.{paper} `recipe.resolved.yaml` in this folder is the complete recipe: "
+        "`alignkit train recipe.resolved.yaml output_dir=NEW` repeats the training. `report.html` shows its curves."
+    )
+
+
+def _markdown_table(head: str, values: Mapping[str, float]) -> str:
+    rows = [f"| {name} | {number(value)} |" for name, value in values.items()]
+    return "\n".join([f"| {head} | value |", "|---|---|", *rows])
