@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import annotated_types
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from alignkit.core.config import Config
@@ -57,10 +57,10 @@ class ConfigReader:
             return default
         value = self._value(root.entries[name].node, info.annotation, name)
         try:
-            config_type.__pydantic_validator__.validate_assignment(config_type.model_construct(), name, value)
+            checked = TypeAdapter[Any](info.rebuild_annotation()).validate_python(value, strict=True)
         except ValidationError:
             return default
-        return value
+        return checked
 
     def _value(self, node: Node, annotation: Any, path: str) -> Any:
         config_type = _config_in(annotation)
@@ -159,16 +159,11 @@ def type_scalar(text: str, annotation: Any) -> Any:
     if (int in members or Any in members) and _WHOLE.fullmatch(text):
         return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
     if {int, float, Any} & members and (_FLOAT.fullmatch(text) or _INFINITE.fullmatch(text)):
-        number = float(text.replace(".inf", "inf").replace(".nan", "nan")) if text[-1].isdigit() else _special(text)
+        number = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         if float in members or Any in members:
             return number
         return int(number) if number.is_integer() else number
     return text
-
-
-def _special(text: str) -> float:
-    """`1.`, `.inf` and `.nan` in YAML's spellings."""
-    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, TypeVar, overload
 
 from alignkit.core.errors import RecipeError
@@ -30,20 +31,24 @@ class Entry:
     preset: Mapping[str, Any] = field(default_factory=dict)
 
 
-def load_object(path: str) -> Any:
-    """The object `"module:attribute"` names; the current directory is importable. Raises RecipeError."""
-    module_name, _, attribute = path.partition(":")
+def load_module(name: str) -> ModuleType:
+    """The module of that dotted name; the current directory is importable. Raises RecipeError if there is none."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found: Any = importlib.import_module(module_name)
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+        if error.name and (name == error.name or name.startswith(error.name + ".")):
             raise RecipeError(
-                f"{path!r}: there is no module {module_name!r}. Expected 'module:attribute' with the module importable "
-                f"from {os.getcwd()} or installed; check the spelling."
+                f"there is no module {name!r}, neither installed nor importable from {os.getcwd()}; check the spelling"
             ) from None
         raise
+
+
+def load_object(path: str) -> Any:
+    """The object `"module:attribute"` names; the current directory is importable. Raises RecipeError."""
+    module_name, _, attribute = path.partition(":")
+    found: Any = load_module(module_name)
     for part in attribute.split("."):
         if not hasattr(found, part):
             close = difflib.get_close_matches(part, dir(found), 1)

@@ -1,1 +1,1 @@
-
+"""Files and hub data sets → groups → batches."""

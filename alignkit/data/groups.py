@@ -52,8 +52,11 @@ def _chunk_groups(
         if isinstance(rendered, BadRow):
             report.drop(rendered.reason, _where(table, i, rendered.note))
             continue
-        prompt, completion = len(rendered.prompt), max(map(len, rendered.completions), default=0)
-        report.measure(prompt=prompt, completion=completion, total=prompt + completion)
+        prompt = len(rendered.prompt)
+        report.measure(prompt=prompt)
+        if rendered.completions:
+            longest = max(map(len, rendered.completions))
+            report.measure(completion=longest, total=prompt + longest)
         try:
             changes = fit(rendered, renderer.bos_id, max_length, config.overlong)
         except BadRow as bad:

@@ -1,4 +1,4 @@
-"""Text → tokens, written once for training and sampling: chat template, shared prompt, one stop token, trained turns."""
+"""Text → tokens, the same in training and sampling: chat template, shared prompt, one stop token, trained turns."""
 
 from __future__ import annotations
 
@@ -18,11 +18,17 @@ class Tokenizer(Protocol):
 
     chat_template: Any
 
-    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Mapping[str, Any]: ...
+    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Mapping[str, Any]:
+        """A mapping whose `input_ids` are a list of ids for each text."""
+        ...
 
-    def apply_chat_template(self, conversation: list[Message], **options: Any) -> Any: ...
+    def apply_chat_template(self, conversation: list[Message], **options: Any) -> Any:
+        """The conversation as text, with `tokenize=False`."""
+        ...
 
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        """The text of the ids."""
+        ...
 
 
 @dataclass(slots=True)

@@ -48,7 +48,8 @@ class Tally:
 
 @dataclass(slots=True)
 class DataReport:
-    """The account of one data entry. `lengths` are tokens as rendered, before anything was cut."""
+    """The account of one data entry. `lengths` are tokens as rendered, before anything was cut; of several completions
+    the longest one counts."""
 
     path: str
     format: str

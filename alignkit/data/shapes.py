@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from alignkit._compat import shared_prompt
 from alignkit.core.errors import DataError
@@ -65,11 +65,22 @@ def detect_format(columns: Collection[str], path: str) -> str:
         )
     for name, needed in SHAPES.items():
         if set(needed) <= set(columns):
+            if name == "prompt":
+                _check_no_broken_answers(columns, path)
             return name
     nearest = min(SHAPES, key=lambda name: (len(_missing(name, columns)), -len(SHAPES[name])))
     if len(_missing(nearest, columns)) == len(SHAPES[nearest]):
         nearest = max(SHAPES, key=lambda name: _likeness(name, columns))
     raise _column_error(nearest, columns, path, "no known format has these columns")
+
+
+def _check_no_broken_answers(columns: Collection[str], path: str) -> None:
+    """Refuse to read rows as bare prompts when a column is nearly one that holds answers."""
+    for name in ("preference", "prompt_completion", "ranked"):
+        answers = [column for column in SHAPES[name] if column != "prompt"]
+        if any(difflib.get_close_matches(column, columns, 1, 0.85) for column in answers):
+            problem = "rows look like half a format; if they are bare prompts, say so with `format: prompt`"
+            raise _column_error(name, columns, path, problem)
 
 
 def check_columns(name: str, columns: Collection[str], path: str) -> None:
@@ -260,7 +271,7 @@ def _message(value: dict[str, Any], column: str) -> Message:
         raise BadRow("malformed", f"a message of `{column}` has no role; its keys are {', '.join(value) or 'none'}")
     if not isinstance(content, str) and not (content is None and value.get("tool_calls")):
         raise BadRow("malformed", f"the content of a {value['role']} message of `{column}` is not text")
-    return Message(**{key: part for key, part in value.items() if part is not None or key == "content"})
+    return cast(Message, {key: part for key, part in value.items() if part is not None or key == "content"})
 
 
 def _label(row: Mapping[str, Any]) -> bool:

@@ -13,8 +13,8 @@ from alignkit.core.types import Group
 class Stream:
     """Rounds of `groups_per_round` groups over all ranks; this rank takes every `size`-th of them from `rank` on.
 
-    `weights[i]`: how often each group of source i comes in an epoch. A fraction takes turns: at 0.5 two epochs see every
-    group once. The order depends on seed and epoch alone, so any world size can continue it.
+    `weights[i]`: how often each group of source i comes in an epoch. A fraction takes turns: at 0.5 two epochs see
+    every group once. The order depends on seed and epoch alone, so any world size can continue it.
     Raises: DataError when there is no group.
     """
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
+from math import isfinite
 from typing import Any
 
 from alignkit.core.contracts import Algorithm, RolloutEngine
@@ -18,6 +17,7 @@ from alignkit.loop.round import unit_size
 from alignkit.models.policy import SCORING_TOKENS, CausalPolicy
 from alignkit.models.roster import Roster
 from alignkit.track.metrics import Totals, add, reduce, values
+from alignkit.track.sinks import JsonlSink
 
 EVAL_OUTPUTS = frozenset({"entropy", "correct"})
 
@@ -39,13 +39,12 @@ class Evaluator:
         dist: DistEngine,
         sampler: RolloutEngine,
         score: Callable[[list[Group]], list[Group]],
-        folder: Path,
+        samples: JsonlSink | None,
     ) -> None:
         self._config, self._groups = config, list(groups)
         self._algorithm, self._policy, self._roster, self._dist = algorithm, policy, roster, dist
-        self._sampler, self._score, self._file = sampler, score, folder / "samples.jsonl"
+        self._sampler, self._score, self._samples = sampler, score, samples
         self._baseline: dict[str, float] = {}
-        self._written = 0
 
     def due(self, step: int) -> bool:
         """Whether the recipe asks for an evaluation after this step."""
@@ -63,14 +62,15 @@ class Evaluator:
 
     def state_dict(self) -> dict[str, Any]:
         """The start model's scores, and how far samples.jsonl was written."""
-        return {"baseline": self._baseline, "written": self._written}
+        if self._samples is not None:
+            self._samples.sync()
+        return {"baseline": self._baseline, "samples": self._samples.state_dict() if self._samples else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Compare with the same start model again; samples written after the checkpoint are cut off."""
-        self._baseline, self._written = state["baseline"], state["written"]
-        if self._dist.is_main and self._file.is_file():
-            with self._file.open("r+b") as handle:
-                handle.truncate(self._written)
+        self._baseline = state["baseline"]
+        if self._samples is not None:
+            self._samples.load_state_dict(state["samples"])
 
     def _held_out(self) -> dict[str, float]:
         world = self._dist.world
@@ -105,33 +105,32 @@ class Evaluator:
         rewards = {group.id: group.completions[0].reward for group in groups}
         if step == 0:
             self._baseline = rewards if self._config.rewards else {}
-        if self._dist.is_main:
-            self._write(step, groups)
+        if self._samples is not None:
+            for group in groups:
+                self._samples.log(_sample(step, group))
         lengths = [len(group.completions[0].tokens) for group in groups]
         record = {"eval_completions/mean_length": sum(lengths) / len(lengths)}
         if self._config.rewards:
             record |= _reward_metrics(groups)
             if step > 0:
-                wins = [_win(rewards[i], self._baseline[i]) for i in rewards]
-                record["eval_win_rate"] = sum(wins) / len(wins)
+                pairs = [(reward, self._baseline[i]) for i, reward in rewards.items()]
+                wins = [_win(after, before) for after, before in pairs if isfinite(after) and isfinite(before)]
+                if wins:
+                    record["eval_win_rate"] = sum(wins) / len(wins)
         return record
 
-    def _write(self, step: int, groups: Sequence[Group]) -> None:
-        with self._file.open("ab") as handle:
-            handle.truncate(self._written)
-            for group in groups:
-                completion = group.completions[0]
-                scores = {name: score.value for name, score in completion.scores.items()}
-                line = {
-                    "step": step,
-                    "id": group.id,
-                    "prompt": group.messages[-1].get("content", "") if group.messages else "",
-                    "completion": completion.text,
-                    "scores": scores,
-                    "reward": completion.reward if scores else None,
-                }
-                handle.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
-            self._written = handle.tell()
+
+def _sample(step: int, group: Group) -> dict[str, Any]:
+    """A line of samples.jsonl."""
+    completion = group.completions[0]
+    return {
+        "step": step,
+        "id": group.id,
+        "prompt": group.messages[-1].get("content", "") if group.messages else "",
+        "completion": completion.text,
+        "scores": {name: score.value for name, score in completion.scores.items() if score.valid},
+        "reward": completion.reward if isfinite(completion.reward) else None,
+    }
 
 
 def _distinct_prompts(groups: Sequence[Group]) -> list[Group]:
@@ -144,7 +143,8 @@ def _distinct_prompts(groups: Sequence[Group]) -> list[Group]:
 
 def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
     completions = [group.completions[0] for group in groups]
-    record = {"eval_reward": sum(c.reward for c in completions) / len(completions)}
+    rewarded = [c.reward for c in completions if isfinite(c.reward)]
+    record = {"eval_reward": sum(rewarded) / len(rewarded)} if rewarded else {}
     for name in completions[0].scores:
         told = [c.scores[name].value for c in completions if c.scores[name].valid]
         if told:

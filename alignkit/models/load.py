@@ -104,6 +104,9 @@ def load_renderer(config: ModelConfig) -> Renderer:
 def load_base(config: ModelConfig, dtype: torch.dtype) -> Any:
     """The transformers model with dropout off: log-ratios at step 0 must be exactly 0."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a bar for every shard read or written would bury the run's own
 
     path = adapter_base(config.name_or_path) or config.name_or_path
     with _explained("model", path):

@@ -83,7 +83,7 @@ def score_groups(
     step: int,
     models: Models | None = None,
     *,
-    stop_ids: Collection[int] = (),
+    stop_ids: Collection[int],
 ) -> None:
     """Score every completion: fills `scores[name]` and sets `reward` to the weighted sum of the valid scores.
 
@@ -124,7 +124,7 @@ def check_columns(groups: Sequence[Group], sources: Sequence[tuple[RewardConfig,
                 )
 
 
-def reward_batch(groups: Sequence[Group], step: int, stop_ids: Collection[int] = ()) -> RewardBatch:
+def reward_batch(groups: Sequence[Group], step: int, stop_ids: Collection[int]) -> RewardBatch:
     """The completions of `groups` as flat rows; a column that only some groups have is None on the others."""
     rows = [(index, group, completion) for index, group in enumerate(groups) for completion in group.completions]
     tokens = [completion.tokens for _, _, completion in rows]

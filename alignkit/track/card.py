@@ -57,7 +57,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def _front_matter(name: str, facts: CardFacts) -> dict[str, Any]:
-    """The fields the hub reads. It refuses a card whose base_model or datasets are local paths, so those are left out."""
+    """The fields the hub reads. Local paths are left out: it refuses a card that names one as a model or data set."""
     front: dict[str, Any] = {}
     if is_hub_id(facts["base_model"]):
         front["base_model"] = facts["base_model"]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 BAR_NUMBERS = ("rewards/accuracies", "rewards/margins", "reward", "kl", "accuracy", "mean_token_accuracy", "grad_norm")
-"""What stands beside the loss on the bar: the first three of these that the run logs."""
+"""What stands beside the loss on the bar: the first of these that the run logs, as many as there is room for."""
 
 
 class ConsoleSink:
@@ -47,8 +47,7 @@ class ConsoleSink:
         elif self._bar is None:
             self._print(self._training_line(record))
         else:
-            shown = ["loss", *[name for name in BAR_NUMBERS if name in record][:3]]
-            numbers = "  ".join(f"{name} {number(record[name])}" for name in shown if name in record)
+            numbers = _bar_numbers(record, self.console.width)
             self._bar.update(self._bar.task_ids[0], completed=record["step"], numbers=numbers)
 
     def close(self) -> None:
@@ -85,6 +84,13 @@ class ConsoleSink:
         return "  ".join(["eval", *self._where(record), *numbers])
 
 
+def _bar_numbers(record: Mapping[str, Any], width: int) -> str:
+    """The loss and one headline number on 80 columns, three from 110 on: more would push the ETA off the line."""
+    room = max(1, min(3, (width - 65) // 15))
+    shown = ["loss", *[name for name in BAR_NUMBERS if name in record][:room]]
+    return "  ".join(f"{name.rsplit('/', 1)[-1]} {number(record[name])}" for name in shown if name in record)
+
+
 def _progress_bar(console: Console) -> Progress:
     from rich.progress import (
         BarColumn,
@@ -97,7 +103,7 @@ def _progress_bar(console: Console) -> Progress:
 
     return Progress(
         TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TextColumn("{task.fields[numbers]}", markup=False),
         TimeElapsedColumn(),

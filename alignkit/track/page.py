@@ -26,6 +26,7 @@ caption { text-align: left; padding-bottom: .35rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem 1.1rem .3rem 0; border-bottom: 1px solid var(--line);
   overflow-wrap: anywhere; }
 th { font-weight: 600; }
+caption, table.numbers th { white-space: nowrap; }
 table.numbers td, table.numbers thead th + th { text-align: right; font-variant-numeric: tabular-nums;
   white-space: nowrap; }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); }

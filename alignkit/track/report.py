@@ -110,7 +110,7 @@ def verdict(run: RunFolder, rate: WinRate | None) -> str:
             break
     logged = run.curve("eval_win_rate")
     if rate is not None:
-        parts.append(f"win rate {number(rate.rate)} over the first samples")
+        parts.append(f"win rate {number(rate.rate)} against the samples before")
     elif logged:
         parts.append(f"win rate {number(logged[-1][1])}")
     return ", ".join(parts) or "Nothing was logged twice yet, so there is no change to report."

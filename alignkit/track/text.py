@@ -12,7 +12,7 @@ def number(value: float) -> str:
         return str(value)
     if 1e4 <= abs(value) < 1e9:
         return f"{value:.0f}"
-    return f"{value:.4g}"
+    return f"{value + 0.0:.4g}"  # + 0.0 turns -0.0 into 0
 
 
 def duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ import netrc
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlparse
 
 from alignkit.core.errors import EnvironmentProblem
@@ -16,6 +16,8 @@ from alignkit.track.text import tracker_names
 if TYPE_CHECKING:
     from rich.console import Console
 
+Mode = Literal["online", "offline", "disabled"]
+MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
 INIT_TIMEOUT_S = 30
 FINISH_TIMEOUT_S = 60
 STEP = "train/global_step"
@@ -71,7 +73,7 @@ class WandbSink:
             self._run.finish()
             self._run = None
 
-    def _open(self, mode: str, facts: Mapping[str, Any]) -> Any:
+    def _open(self, mode: Mode, facts: Mapping[str, Any]) -> Any:
         import wandb
 
         config, environment = self.config, os.environ
@@ -102,7 +104,7 @@ class WandbSink:
         self.console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-def choose_mode(config: WandbConfig) -> str:
+def choose_mode(config: WandbConfig) -> Mode:
     """The recipe's mode, else WANDB_MODE, else online where a key is at hand and offline where none is.
 
     Raises: EnvironmentProblem when WANDB_MODE is none of the three modes.
@@ -110,12 +112,11 @@ def choose_mode(config: WandbConfig) -> str:
     if config.mode is not None:
         return config.mode
     wanted = os.environ.get("WANDB_MODE", "")
-    if wanted in ("online", "offline", "disabled"):
-        return wanted
+    for mode in MODES:
+        if wanted == mode:
+            return mode
     if wanted:
-        raise EnvironmentProblem(
-            f"WANDB_MODE is {wanted!r}; expected online, offline or disabled. Correct or unset it."
-        )
+        raise EnvironmentProblem(f"WANDB_MODE is {wanted!r}; expected one of {', '.join(MODES)}. Correct or unset it.")
     return "online" if _has_key() else "offline"
 
 

@@ -25,7 +25,7 @@ def pair_batch(policy: Tensor, reference: Tensor, mask: Tensor) -> tuple[Forward
 
 
 def sums_batch(chosen: list[float], rejected: list[float], ref_chosen: list[float], ref_rejected: list[float]):
-    """Pairs whose completions are one token long, so that its log-probability is the sum: the policy leaf and the rest."""
+    """Pairs of completions one token long, so that its log-probability is the sum; the policy leaf comes first."""
     policy = torch.tensor([chosen, rejected], dtype=torch.float64).T.reshape(-1, 1).clone().requires_grad_()
     reference = torch.tensor([ref_chosen, ref_rejected], dtype=torch.float64).T.reshape(-1, 1)
     return policy, *pair_batch(policy, reference, torch.ones_like(reference))

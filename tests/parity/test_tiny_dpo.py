@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+from itertools import chain
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_every_pair_is_seen_once_an_epoch():
     pairs = [tiny_dpo.Pair([i], [i], [i]) for i in range(5)]
     batches = tiny_dpo.shuffled_batches(pairs, size=2, epochs=2, seed=0)
     assert [len(batch) for batch in batches] == [2, 2, 1, 2, 2, 1]
-    epochs = [sum(batches[:3], []), sum(batches[3:], [])]
+    epochs = [list(chain(*batches[:3])), list(chain(*batches[3:]))]
     assert [sorted(epoch) for epoch in epochs] == [pairs, pairs]
     assert epochs[0] != epochs[1]
 

@@ -15,7 +15,6 @@ from alignkit.core.rng import generator, permutation
 from tests.acceptance import toys
 from tests.parity.flat_script import tiny_dpo
 
-
 SEED, STEPS, PAIRS_PER_STEP = 3, 10, 8
 BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.1, 5e-4, 1.0
 TOLERANCE = 5e-5

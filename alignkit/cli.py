@@ -1,0 +1,343 @@
+"""The command line. Nothing heavy is imported before a command needs it: help and a bad recipe answer at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import alignkit
+from alignkit.core.errors import AlignkitError, RecipeError
+
+if TYPE_CHECKING:
+    from alignkit.recipe import Recipe
+    from alignkit.run import RunResult
+
+SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+
+def _group(text: str, **options: Any) -> typer.Typer:
+    return typer.Typer(
+        help=text,
+        context_settings=SETTINGS,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        add_completion=False,
+        **options,
+    )
+
+
+app = _group("Preference optimization: every method one recipe away.", no_args_is_help=True)
+algorithms = _group("The methods a recipe can name.", invoke_without_command=True)
+recipes = _group("Shipped recipes, and the schema of yours.", invoke_without_command=True)
+data = _group("Look at data as the model will see it.", no_args_is_help=True)
+app.add_typer(algorithms, name="algorithms")
+app.add_typer(recipes, name="recipes")
+app.add_typer(data, name="data")
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="a.b=v", help="Settings to change: train.learning_rate=2e-6")
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder: the output_dir of a recipe.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class _Verbosity:
+    """-v and -q, as `main` needs them after the command is done."""
+
+    verbose = False
+    quiet = False
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"alignkit {alignkit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show the traceback of an error.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print results and errors only.")] = False,
+) -> None:
+    """Preference optimization: every method one recipe away."""
+    _Verbosity.verbose, _Verbosity.quiet = verbose, quiet
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Continue the run in output_dir if there is one.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Throw away the run in output_dir if there is one.")] = False,
+) -> None:
+    """Run a recipe."""
+    if resume and overwrite:
+        raise RecipeError("--resume continues the run in output_dir and --overwrite throws it away; choose one")
+    loaded = _load(recipe, overrides)
+    from alignkit.recipe import check_paths
+
+    check_paths(loaded)
+    from alignkit import run
+
+    _print_result(run.train(loaded, resume=resume, overwrite=overwrite, quiet=_Verbosity.quiet))
+
+
+@app.command()
+def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Say what a recipe will do, or all that is wrong."""
+    loaded = _load(recipe, overrides)
+    from alignkit import plan
+
+    lines = plan.check(loaded)
+    if not _Verbosity.quiet:
+        typer.echo("\n".join([*lines, "ok"]))
+
+
+@app.command("resume")
+def resume_run(run: Run) -> None:
+    """Continue a run from its newest valid checkpoint."""
+    _must_exist(run)
+    from alignkit.run import resume
+
+    _print_result(resume(run, quiet=_Verbosity.quiet))
+
+
+@app.command()
+def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")]) -> None:
+    """Write the report of a run, or compare several."""
+    for run in runs:
+        _must_exist(run)
+    from alignkit.track.report import write_report
+
+    typer.echo(write_report(runs))
+
+
+@app.command()
+def sample(
+    run: Run,
+    prompt: Annotated[list[str] | None, typer.Option(help="May be given several times; none = held-out ones.")] = None,
+    num: Annotated[int, typer.Option(min=1, help="Completions a prompt.")] = 1,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 = the most likely token.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a completion.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw completions from a run's model."""
+    _must_exist(run)
+    from alignkit.run import sample as draw
+
+    drawn = draw(run, prompt or (), num, temperature, max_tokens)
+    if as_json:
+        typer.echo(json.dumps(drawn, ensure_ascii=False, indent=1))
+        return
+    for number, found in enumerate(drawn):
+        if number == 0 or found["prompt"] != drawn[number - 1]["prompt"]:
+            typer.echo(typer.style(f"\n> {found['prompt']}", bold=_coloured()))
+        typer.echo(f"  {found['completion']}")
+
+
+@algorithms.callback()
+def list_algorithms(context: typer.Context, as_json: AsJson = False) -> None:
+    """The methods a recipe can name."""
+    if context.invoked_subcommand is not None:
+        return
+    from alignkit.core.registry import register
+
+    found = {name: _first_line(register.algorithm.get(name).target) for name in register.algorithm.names()}
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False, indent=1))
+        return
+    _print_table([[name, line] for name, line in found.items()])
+
+
+@algorithms.command("show")
+def show_algorithm(name: str, as_json: AsJson = False) -> None:
+    """What a method is, its config with defaults and bounds, and what it needs."""
+    import inspect
+
+    from alignkit.core.reading import describe_type
+    from alignkit.recipe import config_type, find_algorithm
+
+    entry = find_algorithm(name)
+    needs = {
+        key: sorted(value) if isinstance(value, frozenset) else value for key, value in vars(entry.target.needs).items()
+    }
+    config = config_type(entry)
+    rows: list[dict[str, Any]] = []
+    for key, info in config.model_fields.items():
+        default = entry.preset.get(key, name if key == "name" else info.get_default(call_default_factory=True))
+        expected = describe_type(info.annotation, info.metadata)
+        rows.append({"key": key, "default": default, "type": expected, "description": info.description or ""})
+    module = inspect.getmodule(entry.target)
+    about = inspect.getdoc(module) or inspect.getdoc(entry.target) or ""
+    if as_json:
+        shown = {"name": name, "about": about, "config": rows, "needs": needs, "preset": dict(entry.preset)}
+        typer.echo(json.dumps(shown, ensure_ascii=False, indent=1, default=str))
+        return
+    typer.echo(f"{name}\n\n{about}\n\nalgorithm:")
+    _print_table([[f"  {row['key']}", _yaml(row["default"]), row["type"], row["description"]] for row in rows])
+    typer.echo("\nneeds:")
+    _print_table([[f"  {key}", _yaml(value)] for key, value in needs.items()])
+
+
+@recipes.callback()
+def list_recipes(context: typer.Context) -> None:
+    """The recipes that come with alignkit."""
+    if context.invoked_subcommand is None:
+        _print_recipes()
+
+
+@recipes.command("list")
+def list_recipes_too() -> None:
+    """List the shipped recipes."""
+    _print_recipes()
+
+
+@recipes.command("show")
+def show_recipe(name: RecipeArgument) -> None:
+    """Print a recipe as it is written."""
+    from alignkit.recipe import find_recipe
+
+    typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes.command("copy")
+def copy_recipe(
+    name: RecipeArgument,
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="A file or folder.")] = Path(),
+) -> None:
+    """Copy a shipped recipe to start your own from. Never overwrites."""
+    from alignkit.recipe import find_recipe
+
+    source = find_recipe(name)
+    target = destination / source.name if destination.is_dir() else destination
+    if target.exists():
+        raise RecipeError(f"{target} exists already; name another file: alignkit recipes copy {name} DEST")
+    if not target.parent.is_dir():
+        raise RecipeError(f"there is no folder {target.parent} to copy into")
+    shutil.copyfile(source, target)
+    typer.echo(target)
+
+
+@recipes.command("schema")
+def print_schema() -> None:
+    """Print the JSON schema of recipes, for editors that complete and check YAML."""
+    from alignkit.recipe import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), ensure_ascii=False, indent=1))
+
+
+@data.command("show")
+def show_data(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of each data entry.")] = 3,
+) -> None:
+    """Print rows with prompt, trained and masked tokens told apart."""
+    loaded = _load(recipe, overrides)
+    from alignkit.recipe import check_paths
+
+    check_paths(loaded)
+    from rich.console import Console
+
+    from alignkit.data.groups import load_groups
+    from alignkit.data.show import print_groups
+    from alignkit.models.load import load_renderer
+
+    renderer = load_renderer(loaded.model)
+    console = Console(highlight=False, soft_wrap=True)
+    for entry in loaded.data:
+        groups, report = load_groups(entry, renderer, max_length=loaded.train.max_length)
+        console.print("\n".join(report.lines()), markup=False)
+        print_groups(groups[:rows], lambda ids: renderer.tokenizer.decode(list(ids)), renderer.stop_ids, console)
+
+
+@app.command()
+def quickstart(
+    output_dir: Annotated[Path, typer.Option(help="Where models, data and report go.")] = Path("runs/quickstart"),
+) -> None:
+    """Build a tiny model and align it: two minutes, no download."""
+    from alignkit.quickstart import main as run_quickstart
+
+    run_quickstart(output_dir)
+
+
+def _load(recipe: str, overrides: list[str] | None) -> Recipe:
+    from alignkit.recipe import load_recipe
+
+    return load_recipe(recipe, overrides or ())
+
+
+def _must_exist(run: Path) -> None:
+    """Refuse a misspelt folder before anything heavy is imported."""
+    if run.is_dir():
+        return
+    from alignkit.core.reading import did_you_mean
+
+    beside = [path.name for path in run.parent.iterdir() if path.is_dir()] if run.parent.is_dir() else []
+    hint = did_you_mean(run.name, beside)
+    raise RecipeError(f"there is no run folder {run}; {hint or 'expected the output_dir of a run'}")
+
+
+def _print_result(result: RunResult) -> None:
+    if _first_process() and not _Verbosity.quiet:
+        typer.echo(f"model   {result.folder}")
+        if result.report is not None:
+            typer.echo(f"report  {result.report}")
+
+
+def _print_recipes() -> None:
+    from alignkit.recipe import shipped_recipes
+
+    rows = []
+    for name, path in shipped_recipes().items():
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        rows.append([name, first.removeprefix("#").strip() if first.startswith("#") else ""])
+    _print_table(rows)
+
+
+def _print_table(rows: list[list[str]]) -> None:
+    """Left-aligned columns, wide enough for each; the last one is never padded."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] if rows else []
+    for row in rows:
+        typer.echo(
+            "  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
+        )
+
+
+def _first_line(target: Any) -> str:
+    return (target.__doc__ or "").strip().partition("\n")[0]
+
+
+def _yaml(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _coloured() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def main() -> None:
+    """The console entry. Exit codes: 0 ok, 1 run failed, 2 bad recipe or usage, 3 environment, 130 interrupted."""
+    try:
+        app()
+    except AlignkitError as error:
+        if _Verbosity.verbose:
+            traceback.print_exc()
+        elif _first_process() or error.exit_code != RecipeError.exit_code:
+            typer.echo(f"error: {error}", err=True)  # every process would say the same of a recipe
+        sys.exit(error.exit_code)

@@ -1,0 +1,19 @@
+"""One seed of every acceptance experiment, so that a method that stopped working is noticed before the full run."""
+
+import pytest
+
+from tests.acceptance.bench import Bench, methods, passes
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("acceptance")]  # one worker: the methods share the warm-up
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("acceptance"), seed=0)
+
+
+@pytest.mark.parametrize("name", sorted(methods()))
+def test_seed_zero_meets_every_bound(bench, name):
+    figures = methods()[name](bench)
+    failed = [f"{figure.name}: {figure.value:.3f}, bound {figure.bound}" for figure in figures if not passes([figure])]
+    assert not failed

@@ -1,0 +1,99 @@
+"""Order of training: every group by its weight, a new order each epoch, the same one at any world size."""
+
+from collections import Counter
+
+import pytest
+
+from alignkit.core import DataError, Group
+from alignkit.data.stream import Stream
+
+
+def groups(name, n):
+    return [Group(id=f"{name}{i}", messages=[], prompt=[1]) for i in range(n)]
+
+
+def stream(*counts, weights=None, rank=0, size=1, groups_per_round=4, seed=0):
+    sources = [groups("abc"[i], n) for i, n in enumerate(counts)]
+    return Stream(
+        sources, weights or [1.0] * len(counts), seed=seed, groups_per_round=groups_per_round, rank=rank, size=size
+    )
+
+
+def take(source, rounds):
+    return [[group.id for group in source.take()] for _ in range(rounds)]
+
+
+def epoch_ids(source):
+    return [name for ids in take(source, source.rounds_per_epoch) for name in ids]
+
+
+def test_an_epoch_sees_each_group_once_and_its_last_round_is_short():
+    one = stream(6, 4)
+    assert (one.groups_per_epoch, one.rounds_per_epoch) == (10, 3)
+    rounds = take(one, 3)
+    assert [len(ids) for ids in rounds] == [4, 4, 2]
+    first = [name for ids in rounds for name in ids]
+    assert sorted(first) == sorted([f"a{i}" for i in range(6)] + [f"b{i}" for i in range(4)])
+    second = epoch_ids(one)
+    assert sorted(second) == sorted(first)
+    assert second != first
+    assert one.epoch == 2.0
+
+
+def test_another_seed_is_another_order():
+    assert epoch_ids(stream(10)) == epoch_ids(stream(10))
+    assert epoch_ids(stream(10)) != epoch_ids(stream(10, seed=1))
+
+
+def test_weights_repeat_and_take_turns():
+    one = stream(4, 6, weights=[2.5, 0.5])
+    assert one.groups_per_epoch == 13
+    first, second = Counter(epoch_ids(one)), Counter(epoch_ids(one))
+    assert sorted(first[f"a{i}"] for i in range(4)) == [2, 2, 3, 3]
+    assert sum(first[f"b{i}"] for i in range(6)) == 3
+    both = first + second
+    assert [both[f"a{i}"] for i in range(4)] == [5] * 4
+    assert [both[f"b{i}"] for i in range(6)] == [1] * 6
+
+
+def test_ranks_share_each_round():
+    whole = take(stream(10), 3)
+    parts = [take(stream(10, rank=rank, size=3), 3) for rank in range(3)]
+    for i, ids in enumerate(whole):
+        assert [part[i] for part in parts] == [ids[0::3], ids[1::3], ids[2::3]]
+    assert parts[2][2] == []  # two groups in the last round, three ranks
+
+
+@pytest.mark.parametrize("done", [0, 1, 2, 3, 4, 7])
+def test_resume_to_the_exact_group_at_another_world_size(done):
+    before = stream(10)
+    take(before, done)
+    state = before.state_dict()
+    assert set(state) == {"epoch", "cursor"}
+    after = [stream(10, rank=rank, size=2) for rank in range(2)]
+    for rank in after:
+        rank.load_state_dict(state)
+    assert after[0].epoch == before.epoch
+    left, right = (take(rank, 5) for rank in after)
+    for ids, evens, odds in zip(take(before, 5), left, right, strict=True):
+        assert (evens, odds) == (ids[0::2], ids[1::2])
+
+
+def test_epoch_counts_fractions():
+    one = stream(8)
+    take(one, 1)
+    assert one.epoch == 0.5
+
+
+def test_other_data_is_refused_on_resume():
+    with pytest.raises(DataError, match="group 9 of epoch 0, but an epoch of this data has 8"):
+        stream(8).load_state_dict({"epoch": 0, "cursor": 9})
+
+
+def test_no_groups_at_all():
+    with pytest.raises(DataError, match="no group"):
+        stream(0, 0)
+
+
+def test_an_empty_source_beside_a_full_one():
+    assert sorted(epoch_ids(stream(0, 2))) == ["b0", "b1"]
