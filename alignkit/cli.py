@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -217,7 +216,7 @@ def copy_recipe(
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="A file or folder.")] = Path(),
 ) -> None:
     """Copy a shipped recipe to start your own from. Never overwrites."""
-    from alignkit.recipe import find_recipe
+    from alignkit.recipe import find_recipe, shipped_recipes
 
     source = find_recipe(name)
     target = destination / source.name if destination.is_dir() else destination
@@ -225,7 +224,10 @@ def copy_recipe(
         raise RecipeError(f"{target} exists already; name another file: alignkit recipes copy {name} DEST")
     if not target.parent.is_dir():
         raise RecipeError(f"there is no folder {target.parent} to copy into")
-    shutil.copyfile(source, target)
+    text = source.read_text(encoding="utf-8")
+    for base, path in shipped_recipes().items():  # elsewhere, a base is no longer beside the recipe
+        text = text.replace(f"extends: {os.path.relpath(path, source.parent)}\n", f"extends: {base}\n")
+    target.write_text(text, encoding="utf-8")
     typer.echo(target)
 
 
@@ -259,7 +261,7 @@ def show_data(
     for entry in loaded.data:
         groups, report = load_groups(entry, renderer, max_length=loaded.train.max_length)
         console.print("\n".join(report.lines()), markup=False)
-        print_groups(groups[:rows], lambda ids: renderer.tokenizer.decode(list(ids)), renderer.stop_ids, console)
+        print_groups(groups[:rows], renderer.decode, renderer.stop_ids, console)
 
 
 @app.command()

@@ -71,7 +71,7 @@ class Kind:
     @overload
     def __call__(self, name: T, /) -> T: ...
     def __call__(self, name: Any, /, **preset: Any) -> Any:
-        """`@register.algorithm("ipo", loss_type="ipo")`; bare, the name is the module's. Presets set config defaults."""
+        """`@register.algorithm("ipo", loss_type="ipo")`; bare, the name is the module's. A preset sets defaults."""
         if not isinstance(name, str):
             return self(name.__module__.rsplit(".", 1)[-1])(name)
 
@@ -106,8 +106,8 @@ class Kind:
             self._discover()
         if name in self._entries and name in points and points[name].value != _origin(self._entries[name].target):
             raise RecipeError(
-                f"the {self.kind} name {name!r} is both registered ({_origin(self._entries[name].target)}) and an entry "
-                f"point ({points[name].value}); rename one, or use 'module:attribute'"
+                f"the {self.kind} name {name!r} is both registered ({_origin(self._entries[name].target)}) and an "
+                f"entry point ({points[name].value}); rename one, or use 'module:attribute'"
             )
         if name in self._entries:
             return self._entries[name]

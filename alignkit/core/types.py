@@ -61,7 +61,7 @@ class Group:
     fields: dict[str, Any] = field(default_factory=dict)
 
     def row(self, completion: Completion, **scalar: float) -> Row:
-        """The prompt followed by one of its completions, as a sequence for the model; `scalar` are facts for the loss."""
+        """The prompt followed by one of its completions, for the model; `scalar` are facts for the loss."""
         trained = completion.trained if completion.trained is not None else [True] * len(completion.tokens)
         return Row(
             tokens=[*self.prompt, *completion.tokens],
@@ -111,10 +111,12 @@ class Batch:
 
     @property
     def num_rows(self) -> int:
+        """N."""
         return int(self.columns["row"].shape[0])
 
     @property
     def num_units(self) -> int:
+        """U."""
         return int(self.columns["unit"].shape[0])
 
     def by_unit(self, x: Tensor) -> Tensor:
@@ -126,7 +128,7 @@ class Batch:
         return replace(self, columns={**self.columns, **columns})
 
     def keep_rows(self, *slots: int) -> Batch:
-        """Only these rows of every unit, in this order: `keep_rows(0)` of a pair is the chosen half. [U] columns stay."""
+        """Only these rows of every unit, in this order: `keep_rows(0)` of a pair is the chosen half."""
         units, k = self.num_units, self.k
 
         def pick(x: Tensor) -> Tensor:

@@ -25,5 +25,5 @@ class DataConfig(Config):
         "drop", description="completions that do not fit max_length: drop the row, or cut it and lose its stop token"
     )
     max_bad_fraction: float = Field(
-        1.0, ge=0, le=1, description="stop if a larger share of rows is unusable or loses its stop token"
+        0.9, ge=0, le=1, description="stop if a larger share of rows is unusable or loses its stop token"
     )

@@ -68,9 +68,13 @@ def detect_format(columns: Collection[str], path: str) -> str:
             if name == "prompt":
                 _check_no_broken_answers(columns, path)
             return name
-    nearest = min(SHAPES, key=lambda name: (len(_missing(name, columns)), -len(SHAPES[name])))
-    if len(_missing(nearest, columns)) == len(SHAPES[nearest]):
-        nearest = max(SHAPES, key=lambda name: _likeness(name, columns))
+    nearest = max(SHAPES, key=lambda name: (_likeness(name, columns), len(SHAPES[name])))
+    if _likeness(nearest, columns) == 0:
+        known = "; ".join(f"{name} ({', '.join(needed)})" for name, needed in SHAPES.items())
+        raise DataError(
+            f"{path}: no known format has these columns: {', '.join(columns) or 'none'}. Known formats: {known}. "
+            "Map our columns to theirs in this data entry: `fields: {OURS: THEIRS}`."
+        )
     raise _column_error(nearest, columns, path, "no known format has these columns")
 
 
@@ -94,18 +98,21 @@ def _missing(name: str, columns: Collection[str]) -> list[str]:
 
 
 def _likeness(name: str, columns: Collection[str]) -> float:
-    """How much the needed columns look like those that are there, 0 to 1."""
-    closest = [
-        max((difflib.SequenceMatcher(None, needed, found).ratio() for found in columns), default=0.0)
-        for needed in SHAPES[name]
-    ]
-    return sum(closest) / len(closest)
+    """Share of the needed columns that are there, by that name or one much like it; 0 to 1."""
+    return sum(bool(_like(needed, columns)) for needed in SHAPES[name]) / len(SHAPES[name])
+
+
+def _like(column: str, columns: Collection[str]) -> str | None:
+    """The column whose name is most like `column`, capitals aside."""
+    lower = {found.lower(): found for found in columns}
+    near = difflib.get_close_matches(column, list(lower), 1, 0.75)
+    return lower[near[0]] if near else None
 
 
 def _column_error(name: str, columns: Collection[str], path: str, problem: str) -> DataError:
     missing = _missing(name, columns)
     free = [column for column in columns if column not in SHAPES[name]]
-    near = {column: match[0] for column in missing if (match := difflib.get_close_matches(column, free, 1, 0.5))}
+    near = {column: found for column in missing if (found := _like(column, free))}
     hints = [f"{column} (did you mean {near[column]!r}?)" if column in near else column for column in missing]
     mapping = ", ".join(f"{column}: {near.get(column, 'THEIR_COLUMN')}" for column in missing)
     return DataError(

@@ -208,10 +208,13 @@ def _from_hub(config: DataConfig) -> Table:
 def _nearest(path: Path) -> str:
     """What the deepest existing folder of `path` holds that is nearest to what was asked for."""
     missing, folder = path, path.parent
-    while not folder.exists():
+    while not folder.is_dir():
         missing, folder = folder, folder.parent
     near = difflib.get_close_matches(missing.name, [entry.name for entry in folder.iterdir()], 1, 0.5)
-    return f" Did you mean {folder / near[0]}?" if near else f" Folder {folder.resolve()} holds nothing of a like name."
+    if not near:
+        return f" Folder {folder.resolve()} holds nothing of a like name."
+    whole = folder / near[0] / path.relative_to(missing)
+    return f" Did you mean {whole if whole.exists() else folder / near[0]}?"
 
 
 def _load(path: str, builder: str, **options: Any) -> Table:
@@ -220,6 +223,7 @@ def _load(path: str, builder: str, **options: Any) -> Table:
     import datasets
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
+    bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(builder, **options).to_list()
@@ -231,7 +235,8 @@ def _load(path: str, builder: str, **options: Any) -> Table:
     except (DatasetsError, ValueError, OSError) as error:
         raise DataError(f"{path}: cannot be read: {_first_line(error.__cause__ or error)}") from None
     finally:
-        datasets.enable_progress_bars()
+        if bars:
+            datasets.enable_progress_bars()
     return Table(rows, [*range(1, len(rows) + 1)])
 
 

@@ -1,1 +1,1 @@
-
+"""Processes and devices: the only importer of accelerate and torch.distributed."""

@@ -1,1 +1,1 @@
-
+"""The loop: rounds, steps, checkpoints, evaluation."""

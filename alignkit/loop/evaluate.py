@@ -108,8 +108,11 @@ class Evaluator:
         if self._samples is not None:
             for group in groups:
                 self._samples.log(_sample(step, group))
-        lengths = [len(group.completions[0].tokens) for group in groups]
-        record = {"eval_completions/mean_length": sum(lengths) / len(lengths)}
+        tokens = [group.completions[0].tokens for group in groups]
+        record = {
+            "eval_samples/mean_length": sum(map(len, tokens)) / len(tokens),
+            "eval_samples/distinct_trigrams": _distinct(tokens, 3),
+        }
         if self._config.rewards:
             record |= _reward_metrics(groups)
             if step > 0:
@@ -139,6 +142,12 @@ def _distinct_prompts(groups: Sequence[Group]) -> list[Group]:
     for group in groups:
         seen.setdefault(tuple(group.prompt), group)
     return [replace(group, completions=[]) for group in seen.values()]
+
+
+def _distinct(texts: Sequence[list[int]], n: int) -> float:
+    """Different n-grams of tokens over all of them; near 0 when every text says the same."""
+    grams = [tuple(text[i : i + n]) for text in texts for i in range(len(text) - n + 1)]
+    return len(set(grams)) / max(1, len(grams))
 
 
 def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:

@@ -45,8 +45,8 @@ def combine(terms: Terms, batch: Batch, counts: Counts) -> tuple[Tensor, dict[st
         over = batch[term.over]
         if term.value.shape != over.shape:
             raise ValueError(
-                f"term {name!r} has shape {tuple(term.value.shape)}, its column {term.over!r} {tuple(over.shape)}: a loss "
-                "returns unreduced values"
+                f"term {name!r} has shape {tuple(term.value.shape)}, its column {term.over!r} {tuple(over.shape)}: "
+                "a loss returns unreduced values"
             )
         # `where`, not a product: outside the column a value may be infinite, and 0 · inf is nan
         share = term.value.where(over, 0.0).sum() / max(counts[term.over], 1.0)

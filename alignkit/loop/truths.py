@@ -14,7 +14,7 @@ from alignkit.data.collate import collate
 from alignkit.models.policy import CausalPolicy
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""Nats a token (rows) and units of a metric (closed forms). float32: rounding of a few ulps; bfloat16: its own grain."""
+"""Nats a token (rows) and units of a metric (closed forms): rounding of a few ulps; bfloat16 has a coarser grain."""
 
 
 def check_rows(policy: CausalPolicy, units: Sequence[Unit], dtype: torch.dtype) -> None:
@@ -55,8 +55,8 @@ def check_closed_form(expected: Mapping[str, float], found: Mapping[str, float],
     for name, value in expected.items():
         if name in found and not abs(found[name] - value) <= TOLERANCE[dtype] * max(1.0, abs(value)):
             raise RunFailed(
-                f"step-0 truth: {name} is {found[name]:.6g} on the first batch; while the policy equals the reference it "
-                f"must be {value:.6g}. The reference is not the model the run starts from: a wrong adapter or "
+                f"step-0 truth: {name} is {found[name]:.6g} on the first batch; while the policy equals the reference "
+                f"it must be {value:.6g}. The reference is not the model the run starts from: a wrong adapter or "
                 "models.reference, a stale cache of its log-probabilities, or dropout. Nothing was trained. "
                 "`train.step0_checks: false` skips this check."
             )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +82,7 @@ def stop_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> frozens
     if not ids:
         raise DataError(
             f"model {config.name_or_path!r} names no end-of-text token: neither its tokenizer nor its "
-            "generation_config.json has an eos token, so no completion could ever stop. Set one in tokenizer_config.json."
+            "generation_config.json has an eos token, so no completion could stop. Set one in tokenizer_config.json."
         )
     return frozenset(ids)
 
@@ -181,8 +181,8 @@ def _with_adapter(model: Any, config: ModelConfig, adapter: str | None) -> Any:
     if (saved.get("r"), saved.get("lora_alpha")) != (lora.r, lora.alpha):
         raise RecipeError(
             f"model.lora: the adapter {adapter!r} has r={saved.get('r')}, alpha={saved.get('lora_alpha')}, the recipe "
-            f"r={lora.r}, alpha={lora.alpha}. Give the adapter's numbers to go on training it, or `lora: null` to merge "
-            "it and train all weights."
+            f"r={lora.r}, alpha={lora.alpha}. Give the adapter's numbers to go on training it, or `lora: null` to "
+            "merge it and train all weights."
         )
     wrapped = PeftModel.from_pretrained(model, adapter, adapter_name=POLICY_ADAPTER, is_trainable=True)
     wrapped.load_adapter(adapter, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
@@ -192,7 +192,7 @@ def _with_adapter(model: Any, config: ModelConfig, adapter: str | None) -> Any:
 
 
 def freeze_reference_adapter(model: nn.Module) -> None:
-    """Only the policy's adapter trains. peft marks whichever adapter is active, so this is said again after a switch."""
+    """Only the policy's adapter trains: peft makes whichever adapter was loaded or activated last trainable."""
     for name, parameter in model.named_parameters():
         if f".{REFERENCE_ADAPTER}." in name:
             parameter.requires_grad_(False)

@@ -19,7 +19,9 @@ from alignkit.models.policy import SCORING_TOKENS, CausalPolicy
 class ScoringModel(Protocol):
     """A model of the run that scores without gradient."""
 
-    def forward(self, batch: Batch, outputs: frozenset[str]) -> Forward: ...
+    def forward(self, batch: Batch, outputs: frozenset[str]) -> Forward:
+        """Scores of a padded batch."""
+        ...
 
     def release(self) -> None:
         """Free the memory; the next forward loads again."""

@@ -1,1 +1,1 @@
-
+"""Reward sources: text → scores."""

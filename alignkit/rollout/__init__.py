@@ -1,1 +1,1 @@
-
+"""Who gives groups their completions."""

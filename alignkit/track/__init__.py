@@ -1,1 +1,1 @@
-
+"""What a run writes down, and what is made of it."""

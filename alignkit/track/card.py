@@ -114,7 +114,7 @@ def _quick_start(facts: CardFacts) -> str:
 
 
 def _procedure(facts: CardFacts) -> str:
-    paper = f" The method is described in {facts['paper'].rstrip('.')}." if facts["paper"] else ""
+    paper = f" Reference: {facts['paper'].rstrip('.')}." if facts["paper"] else ""
     return (
         f"Method: `{facts['algorithm']}`.{paper} `recipe.resolved.yaml` in this folder is the complete recipe: "
         "`alignkit train recipe.resolved.yaml output_dir=NEW` repeats the training. `report.html` shows its curves."

@@ -32,8 +32,8 @@ class RunFolder:
     departures: dict[str, Any] | None
     records: list[dict[str, Any]]
     samples: list[dict[str, Any]]
-    data_report: Any
-    lock: Any
+    data_report: list[dict[str, Any]] | None
+    lock: dict[str, Any] | None
 
     @property
     def name(self) -> str:

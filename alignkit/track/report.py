@@ -8,15 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from alignkit.core.errors import RecipeError
-from alignkit.track.folder import Curve, RunFolder, WinRate, better, read_run, reward_of, win_rate
+from alignkit.track.folder import Curve, RunFolder, WinRate, better, read_run
 from alignkit.track.page import details, note, page, section, table
 from alignkit.track.plots import Line, draw
+from alignkit.track.samples import sample_win_rate, samples_after, samples_before_after
 from alignkit.track.text import flatten, number
-
-NUM_SAMPLES = 12
 
 PANELS: dict[str, tuple[str, ...]] = {
     "Loss": ("loss",),
@@ -58,7 +56,7 @@ def write_report(run_dirs: list[Path]) -> Path:
 
 
 def _one_run(run: RunFolder) -> str:
-    rate = _sample_win_rate(run)
+    rate = sample_win_rate(run)
     body = [
         f"<h1>{escape(run.name)}</h1>",
         note(f"aligned with {run.algorithm}"),
@@ -66,9 +64,9 @@ def _one_run(run: RunFolder) -> str:
         section("Departures from the defaults", _departures(run)),
         section("Key numbers", _key_numbers(run)),
         section("Curves", _curves({"": run})),
-        section("Samples before and after", _samples_before_after(run, rate)),
-        section("Data", _facts(run.data_report, "What became of the rows of each data file.", "data_report.json")),
-        section("Environment", _facts(run.lock, "What the run ran on, and its seeds.", "run.lock")),
+        section("Samples before and after", samples_before_after(run, rate)),
+        section("Data", _data(run)),
+        section("Environment", _environment(run)),
         _recipe(run),
     ]
     return page(f"{run.name} · {run.algorithm}", "\n".join(body))
@@ -78,7 +76,7 @@ def _comparison(runs: Sequence[RunFolder]) -> str:
     named = _distinct_names(runs)
     verdicts = "".join(
         f"<li><strong>{escape(name)}</strong> ({escape(run.algorithm)}): "
-        f"{escape(verdict(run, _sample_win_rate(run)))}</li>"
+        f"{escape(verdict(run, sample_win_rate(run)))}</li>"
         for name, run in named.items()
     )
     title = f"Comparison of {len(runs)} runs"
@@ -88,8 +86,8 @@ def _comparison(runs: Sequence[RunFolder]) -> str:
         section("Settings that differ", _differing_settings(named)),
         section("Last numbers", _last_numbers(named)),
         section("Curves", _curves(named)),
-        section("Samples after training", _samples_after(named)),
-        *(details(f"Environment of {name}", _facts(run.lock, name, "run.lock")) for name, run in named.items()),
+        section("Samples after training", samples_after(named)),
+        *(details(f"Environment of {name}", _environment(run)) for name, run in named.items()),
     ]
     return page(title, "\n".join(body))
 
@@ -126,10 +124,22 @@ def _departures(run: RunFolder) -> str:
     )
 
 
-def _facts(facts: Any, caption: str, file: str) -> str:
-    if not facts:
-        return note(f"{file} is not in the folder.")
-    return table(["", "value"], flatten(facts), caption=caption)
+def _environment(run: RunFolder) -> str:
+    if not run.lock:
+        return note("run.lock is not in the folder.")
+    return table(["fact", "value"], flatten(run.lock), caption="What the run ran on, its data and its seed.")
+
+
+def _data(run: RunFolder) -> str:
+    if not run.data_report:
+        return note("data_report.json is not in the folder.")
+    tables = []
+    for source in run.data_report:
+        facts = flatten({name: value for name, value in source.items() if name != "path"})
+        tables.append(
+            table(["rows of", str(source["path"])], facts, caption="What became of the rows of a data source.")
+        )
+    return "\n".join(tables)
 
 
 def _recipe(run: RunFolder) -> str:
@@ -203,70 +213,6 @@ def _panel_lines(named: Mapping[str, RunFolder], metrics: Sequence[str]) -> list
         for run_index, (name, run) in enumerate(named.items())
         for metric_index, metric in enumerate(metrics)
     ]
-
-
-def _sample_win_rate(run: RunFolder) -> WinRate | None:
-    steps = run.sample_steps()
-    return win_rate(run.samples_at(steps[0]), run.samples_at(steps[-1])) if len(steps) > 1 else None
-
-
-def _samples_before_after(run: RunFolder, rate: WinRate | None) -> str:
-    steps = run.sample_steps()
-    if not steps:
-        return note("samples.jsonl holds no samples. Set eval.num_samples in the recipe to draw some.")
-    sides = {
-        f"after step {step}" if step else "before training": run.samples_at(step)
-        for step in sorted({steps[0], steps[-1]})
-    }
-    words = ""
-    if rate is not None:
-        words = note(
-            f"The later sample scores higher on {rate.wins} prompts, equal on {rate.ties}, lower on {rate.losses}: "
-            f"win rate {number(rate.rate)}, 95 % bootstrap interval {number(rate.low)} to {number(rate.high)} "
-            "(a tie is half a win)."
-        )
-    return words + _sample_cards(sides)
-
-
-def _samples_after(named: Mapping[str, RunFolder]) -> str:
-    sides = {name: run.samples_at(run.sample_steps()[-1]) for name, run in named.items() if run.samples}
-    return _sample_cards(sides) if sides else note("None of the runs drew samples.")
-
-
-def _sample_cards(sides: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Prompts that every side answered, in file order, answers next to each other."""
-    shared = [name for name in next(iter(sides.values())) if all(name in side for side in sides.values())]
-    if not shared:
-        return note("The samples answer different prompts, so they cannot be set side by side.")
-    cards = []
-    for name in shared[:NUM_SAMPLES]:
-        answers = {label: side[name] for label, side in sides.items()}
-        rewards = [reward for sample in answers.values() if (reward := reward_of(sample)) is not None]
-        parts = "".join(_answer(label, sample, rewards) for label, sample in answers.items())
-        prompt = escape(str(next(iter(answers.values()))["prompt"]))
-        cards.append(
-            f'<article class="sample"><div class="label">prompt</div><p class="text">{prompt}</p>'
-            f'<div class="grid">{parts}</div></article>'
-        )
-    rest = len(shared) - NUM_SAMPLES
-    more = note(f"{rest} further prompts are in samples.jsonl.") if rest > 0 else ""
-    return "\n".join(cards) + more
-
-
-def _answer(label: str, sample: Mapping[str, Any], rewards: Sequence[float]) -> str:
-    """One answer with its scores; marked, in words and colour, when it scores best or worst of several."""
-    reward, mark = reward_of(sample), ""
-    if reward is not None and len(rewards) > 1 and min(rewards) < max(rewards):
-        mark = "good" if reward == max(rewards) else "bad" if reward == min(rewards) else ""
-    words = [
-        label,
-        *(f"{name} {number(value)}" for name, value in sample.get("scores", {}).items() if value is not None),
-    ]
-    words += [{"good": "scores higher", "bad": "scores lower"}[mark]] if mark else []
-    return (
-        f'<div class="answer {mark}"><div class="label">{escape(" · ".join(words))}</div>'
-        f'<p class="text">{escape(str(sample["completion"]))}</p></div>'
-    )
 
 
 def _distinct_names(runs: Sequence[RunFolder]) -> dict[str, RunFolder]:

@@ -19,6 +19,7 @@ class Tracker:
     def __init__(self, jsonl: JsonlSink | None, sinks: Sequence[Sink], logging_steps: int) -> None:
         self._jsonl, self._sinks, self._every = jsonl, list(sinks), logging_steps
         self._window: Totals = {}
+        self._steps = 0
 
     def start(self, facts: Mapping[str, Any]) -> None:
         """Open every sink."""
@@ -35,12 +36,12 @@ class Tracker:
         `facts` (learning rate, epoch, …) and `timings` are of this step alone.
         """
         add(self._window, totals)
+        self._steps += 1
         if self.wants(step):
-            # Sums (the loss among them) are per step; the window shows their mean.
-            steps = float(self._window["loss"].count)
-            means = {name: Metric(float(m.sum), steps) if m.how == "sum" else m for name, m in self._window.items()}
+            # Sums (the loss among them) are of one step; the window shows their mean.
+            means = {n: Metric(float(m.sum), self._steps) if m.how == "sum" else m for n, m in self._window.items()}
             self.log({"step": step, **facts, **values(means), **timings})
-            self._window = {}
+            self._window, self._steps = {}, 0
 
     def log(self, record: Mapping[str, float]) -> None:
         """One record to every sink."""
@@ -57,11 +58,16 @@ class Tracker:
         window = {name: [float(m.sum), float(m.count), m.how] for name, m in self._window.items()}
         if self._jsonl is not None:
             self._jsonl.sync()
-        return {"window": window, "jsonl": self._jsonl.state_dict() if self._jsonl is not None else None}
+        return {
+            "window": window,
+            "steps": self._steps,
+            "jsonl": self._jsonl.state_dict() if self._jsonl is not None else None,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the window; cut metrics.jsonl back to where the checkpoint was."""
         self._window = {name: Metric(*fields) for name, fields in state["window"].items()}
+        self._steps = state["steps"]
         if self._jsonl is not None:
             self._jsonl.load_state_dict(state["jsonl"])
 

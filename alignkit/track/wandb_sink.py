@@ -52,8 +52,9 @@ class WandbSink:
             if mode != "online":
                 raise
             reason = str(error).splitlines()[0]
-            self._say(f"wandb: the service does not answer ({reason}); logging offline instead")
+            self._say(f"wandb: cannot log online ({reason}); logging offline instead")
             mode = "offline"
+            wandb.teardown()  # the failed attempt holds on to the run's id until its process ends
             self._run = self._open(mode, facts)
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP)
@@ -81,7 +82,8 @@ class WandbSink:
         return wandb.init(
             mode=mode,
             id=facts["run_id"],
-            resume="allow",
+            # Started over, the run replaces what an earlier attempt logged under this id.
+            resume="allow" if facts["resumed"] else None,
             project=environment.get("WANDB_PROJECT", config.project) if project_is_default else config.project,
             name=config.name or environment.get("WANDB_NAME") or self.run_dir.resolve().name,
             entity=config.entity,  # None: wandb reads WANDB_ENTITY, and WANDB_TAGS likewise

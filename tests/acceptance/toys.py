@@ -38,7 +38,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(seed: int) -> LlamaForCausalLM:
-    """TinyLM: two layers of width 64 with two heads, context 64, about 0.14 million weights, at random."""
+    """TinyLM: two layers of width 64 with two heads, context 64, about 0.14 million weights, drawn as torch draws them.
+
+    The scale matters: from the ten times smaller weights that transformers draws, the rate of the experiments is so
+    large that DPO destroys the answers whatever its β.
+    """
     config = LlamaConfig(
         vocab_size=len(SPECIAL) + len(SYMBOLS),
         hidden_size=64,
@@ -52,7 +56,11 @@ def tiny_model(seed: int) -> LlamaForCausalLM:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, "tiny model") % 2**32)
-        return LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+                module.reset_parameters()
+        return model
 
 
 def write_model(folder: Path, seed: int) -> Path:

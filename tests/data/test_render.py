@@ -16,7 +16,8 @@ LLAMA = (
 )
 GEMMA = (
     "<bos>{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for m in messages %}<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content }}<end>\n{% endfor %}"
+    "{% for m in messages %}"
+    "<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content }}<end>\n{% endfor %}"
     "{% if add_generation_prompt %}<turn>model\n{% endif %}"
 )
 # earlier answers lose what stands before </think>, as reasoning models' templates do
@@ -31,6 +32,8 @@ PLAIN = (
 )
 
 USER = [{"role": "user", "content": "hello"}]
+CHATML_PROMPT = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+LLAMA_PROMPT = "<|begin|><|head|>user<|head|>\n\nhello<|eot|><|head|>assistant<|head|>\n\n"
 
 
 def says(text, role="assistant"):
@@ -96,13 +99,13 @@ def test_completions_without_a_common_first_token_need_a_prompt(make_renderer):
 @pytest.mark.parametrize(
     ("template", "stop", "bos", "prompt", "completion"),
     [
-        (CHATML, ("<|im_end|>",), None, "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", "yes<|im_end|>"),
-        (LLAMA, ("<|eot|>",), "<|begin|>", "<|begin|><|head|>user<|head|>\n\nhello<|eot|><|head|>assistant<|head|>\n\n", "yes<|eot|>"),
+        (CHATML, ("<|im_end|>",), None, CHATML_PROMPT, "yes<|im_end|>"),
+        (LLAMA, ("<|eot|>",), "<|begin|>", LLAMA_PROMPT, "yes<|eot|>"),
         (GEMMA, ("<end>",), "<bos>", "<bos><turn>user\nhello<end>\n<turn>model\n", "yes<end>"),
-        (THINKING, ("<|im_end|>",), None, "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", "yes<|im_end|>"),
+        (THINKING, ("<|im_end|>",), None, CHATML_PROMPT, "yes<|im_end|>"),
         (PLAIN, ("</s>",), "<s>", "user: hello\n\nassistant:", " yes\n\n</s>"),
     ],
-)  # fmt: skip
+)
 def test_template_families(make_renderer, template, stop, bos, prompt, completion):
     renderer = make_renderer(template, stop=stop, bos=bos)
     [rendered] = renderer.render([Example(USER, [[says("yes")]])])

@@ -38,7 +38,8 @@ def test_detection(columns, name):
     [
         (["prompt", "chosen", "rejectd"], ["preference", "did you mean 'rejectd'", "fields: {rejected: rejectd}"]),
         (["prompt", "chosen"], ["missing: rejected", "fields: {rejected: THEIR_COLUMN}", "format: prompt"]),
-        (["question", "reply"], ["Columns there: question, reply", "missing:"]),
+        (["question", "reply"], ["these columns: question, reply", "Known formats: preference (chosen, rejected);"]),
+        (["Prompt", "Chosen", "Rejected"], ["fields: {chosen: Chosen, rejected: Rejected}"]),
         (["prompts"], ["Nearest format: prompt (prompt)", "did you mean 'prompts'"]),
         (["prompt", "completions", "labels"], ["stepwise", "format: ranked"]),
     ],
@@ -155,7 +156,7 @@ def test_tools_and_template_options():
         ("preference", {"prompt": "p", "chosen": "a"}, "missing value"),
         ("preference", {"prompt": "p", "chosen": "a", "rejected": None}, "missing value"),
         ("preference", {"chosen": "abc", "rejected": "xyz"}, "malformed"),
-        ("preference", {"chosen": "abc", "rejected": [user("q")]}, "malformed"),
+        ("preference", {"chosen": "abc", "rejected": [user("q"), assistant("a")]}, "malformed"),
         ("preference", {"prompt": "p", "chosen": 3, "rejected": "a"}, "malformed"),
         ("preference", {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": "high"}, "malformed"),
         ("preference", {"prompt": [{"from": "human"}], "chosen": "a", "rejected": "b"}, "malformed"),

@@ -132,6 +132,8 @@ def test_a_missing_file_names_the_nearest(tmp_path):
         read(tmp_path / "pair.jsonl.gz")
     with pytest.raises(DataError, match=r"no such file or folder. Did you mean .*pairs.jsonl.gz\?"):
         read(tmp_path / "pairs.jsonl.gzz")
+    with pytest.raises(DataError, match=r"Did you mean .*pairs.jsonl.gz\?"):
+        read(tmp_path.parent / (tmp_path.name + "x") / "pairs.jsonl.gz")
     with pytest.raises(DataError, match="holds nothing of a like name"):
         read(tmp_path / "nowhere" / "deep" / "other.csv")
 

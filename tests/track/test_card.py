@@ -41,7 +41,7 @@ def test_the_card_tells_how_the_model_was_made(tmp_path):
     }
     assert "Trained from `acme/tiny` on `acme/pairs`, `pairs.jsonl.gz` (a local file or folder) with" in body
     assert "somebody" not in body
-    assert "described in Rafailov et al. 2023, arXiv 2305.18290." in body
+    assert "Reference: Rafailov et al. 2023, arXiv 2305.18290." in body
     assert "| eval_rewards/accuracies | 0.97 |" in body
     assert "- torch 2.13.0" in body
 
@@ -98,7 +98,7 @@ def test_the_quick_start_runs_on_a_saved_model(tmp_path, monkeypatch, capsys):
 def test_sections_without_content_are_left_out(tmp_path):
     _, body = parts(write_card(tmp_path, card_facts(paper=None, metrics={})))
     assert "Last metrics" not in body
-    assert "described in" not in body
+    assert "Reference" not in body
 
 
 def test_hub_ids(tmp_path, monkeypatch):

@@ -1,11 +1,11 @@
 import io
 
 import pytest
-from conftest import eval_record, train_record
 from rich.console import Console
 
 from alignkit.track.console import ConsoleSink
 from alignkit.track.text import duration, flatten, number, tracker_names
+from tests.track.fake_run import eval_record, train_record
 
 
 @pytest.fixture(autouse=True)

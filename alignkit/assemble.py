@@ -1,0 +1,258 @@
+"""Recipe → `Trainer`: the one file that knows every part.
+
+`recipe.py` stays free of torch so that a bad recipe is refused at once; this is what it cannot build without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from alignkit.core.contracts import Algorithm, with_loss
+from alignkit.core.errors import DataError, RecipeError
+from alignkit.core.registry import load_object, register
+from alignkit.core.rng import key
+from alignkit.core.types import Group, Unit
+from alignkit.data.config import DataConfig
+from alignkit.data.groups import load_groups
+from alignkit.data.render import Renderer
+from alignkit.data.report import DataReport
+from alignkit.data.stream import Stream
+from alignkit.dist.engine import DistEngine
+from alignkit.loop.checkpoint import Checkpoints
+from alignkit.loop.evaluate import Evaluator
+from alignkit.loop.optim import build_optimizer, build_scheduler
+from alignkit.loop.round import Progress, Round
+from alignkit.loop.trainer import Trainer
+from alignkit.models.cache import LogpsCache
+from alignkit.models.config import ModelConfig, RosterModelConfig
+from alignkit.models.load import check_context, fingerprint, load_policy, load_renderer
+from alignkit.models.policy import CausalPolicy
+from alignkit.models.roster import AdapterReference, FrozenModel, Roster, ScoringModel
+from alignkit.recipe import Recipe
+from alignkit.rewards.pipeline import build_sources, check_columns, score_groups
+from alignkit.rollout.config import SamplingConfig
+from alignkit.rollout.given import GivenCompletions
+from alignkit.rollout.native import NativeEngine
+from alignkit.track.sinks import JsonlSink, make_sinks
+from alignkit.track.tracker import Tracker
+
+
+@dataclass
+class Assembled:
+    """A trainer and what its run folder tells of it. `groups` are all rows, held-out ones included."""
+
+    trainer: Trainer
+    renderer: Renderer
+    groups: list[Group]
+    num_train: int
+    reports: list[DataReport]
+    files: list[JsonlSink]
+
+    def precompute(self, console: Console) -> None:
+        """Score every row once with the models that never move, and free those."""
+        algorithm = self.trainer.algorithm
+        units: list[Unit] = algorithm.build(self.groups)
+        self.trainer.roster.precompute(units, algorithm.needs.columns, lambda text: console.print(text, markup=False))
+
+    def close(self) -> None:
+        """Close every file and sink."""
+        self.trainer.track.close()
+        for file in self.files:
+            file.close()
+
+
+def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
+    """Load data and model and put every part in its place.
+
+    Raises:
+        RecipeError: the recipe does not fit the model.
+        DataError: the data is missing, unusable, or not what the algorithm needs.
+    """
+    folder = Path(recipe.output_dir)
+    torch.manual_seed(key(recipe.seed, "start"))
+    algorithm = build_algorithm(recipe)
+    renderer = load_renderer(recipe.model)
+    sources, reports = _load_all(recipe.data, renderer, recipe, algorithm, "data")
+    held_out_sources, held_out_reports = _load_all(recipe.eval.data, renderer, recipe, algorithm, "eval.data")
+    reports += held_out_reports
+    console.print("\n".join(line for report in reports for line in report.lines()), markup=False)
+    groups, held_out = _flat(sources), _flat(held_out_sources)
+
+    bare = load_policy(recipe.model)
+    check_context(bare, recipe.train.max_length)
+    policy = CausalPolicy(bare.to(dist.device), dist)
+    roster = _roster(recipe, policy, algorithm)
+    optimizer = build_optimizer(policy.parameters(), recipe.train)
+    policy.module = dist.prepare(bare, optimizer)
+    stream = Stream(
+        sources,
+        [entry.weight for entry in recipe.data],
+        seed=recipe.seed,
+        groups_per_round=recipe.train.batch_size,
+        rank=dist.world.rank,
+        size=dist.world.size,
+    )
+    progress = plan_progress(recipe, stream)
+    files = [JsonlSink(folder / name) for name in ("metrics.jsonl", "samples.jsonl")] if dist.is_main else []
+    sinks = make_sinks(recipe.track, folder, console, quiet=console.quiet) if dist.is_main else []
+
+    def write_model(target: Path) -> None:
+        policy.save(target)
+        renderer.tokenizer.save_pretrained(target)
+
+    trainer = Trainer(
+        config=recipe.train,
+        seed=recipe.seed,
+        folder=folder,
+        algorithm=algorithm,
+        policy=policy,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, recipe.train, progress.total_steps),
+        dist=dist,
+        stream=stream,
+        engine=GivenCompletions(),
+        rewards=lambda given: given,
+        roster=roster,
+        progress=progress,
+        round=Round(recipe.seed, recipe.train.batch_size, recipe.train.epochs_per_round),
+        track=Tracker(files[0] if files else None, sinks, recipe.train.logging_steps),
+        checkpoints=Checkpoints(folder, recipe.train.save_total_limit, dist.world),
+        evaluator=Evaluator(
+            recipe.eval,
+            held_out,
+            algorithm=algorithm,
+            policy=policy,
+            roster=roster,
+            dist=dist,
+            sampler=build_sampler(policy, renderer, recipe.eval.sampling, recipe.seed),
+            score=_scorer(recipe, held_out, renderer),
+            samples=files[1] if files else None,
+        ),
+        write_model=write_model,
+        starts_at_reference=_starts_at_reference(recipe, algorithm),
+    )
+    return Assembled(trainer, renderer, [*groups, *held_out], len(groups), reports, files)
+
+
+def build_algorithm(recipe: Recipe) -> Algorithm[Any]:
+    """The recipe's algorithm, with its `loss` swapped when the recipe names another."""
+    target: type[Algorithm[Any]] = register.algorithm.get(recipe.algorithm.name).target
+    if recipe.algorithm.loss is not None:
+        target = with_loss(target, load_object(recipe.algorithm.loss))
+    return target(recipe.algorithm)
+
+
+def plan_progress(recipe: Recipe, stream: Stream) -> Progress:
+    """How many rounds and optimizer steps the recipe asks for."""
+    config = recipe.train
+    rounds = max(1, round(config.num_epochs * stream.rounds_per_epoch))
+    steps = rounds * config.epochs_per_round
+    if config.max_steps is not None:
+        return Progress(max(rounds, config.max_steps), config.max_steps)
+    return Progress(rounds, steps)
+
+
+def build_sampler(policy: CausalPolicy, renderer: Renderer, sampling: SamplingConfig, seed: int) -> NativeEngine:
+    """The in-process engine on the policy's own weights."""
+    return NativeEngine(
+        policy.bare,
+        stop_ids=renderer.stop_ids,
+        pad_id=renderer.eos_id,
+        decode=lambda ids: renderer.tokenizer.decode(ids, skip_special_tokens=True),
+        sampling=sampling,
+        seed=seed,
+    )
+
+
+def _load_all(
+    entries: Sequence[DataConfig], renderer: Renderer, recipe: Recipe, algorithm: Algorithm[Any], block: str
+) -> tuple[list[list[Group]], list[DataReport]]:
+    sources, reports = [], []
+    for i, entry in enumerate(entries):
+        groups, report = load_groups(entry, renderer, max_length=recipe.train.max_length)
+        _check_needs(groups, algorithm, recipe.algorithm.name, f"{block}.{i}", report)
+        sources.append(groups)
+        reports.append(report)
+    return sources, reports
+
+
+def _check_needs(groups: Sequence[Group], algorithm: Algorithm[Any], name: str, where: str, report: DataReport) -> None:
+    needs = algorithm.needs
+    for group in groups:
+        if len(group.completions) < needs.completions:
+            raise DataError(
+                f"{where} ({report.path}, read as {report.format}): {name} needs {needs.completions} completions a "
+                f"prompt, row {group.id!r} has {len(group.completions)}. Expected columns such as prompt, chosen, "
+                "rejected, or prompt, completions; `fields` maps other names."
+            )
+        if needs.preferences and any(c.reward != c.reward for c in group.completions):
+            raise DataError(
+                f"{where} ({report.path}, read as {report.format}): {name} needs to know which completion is better, "
+                f"row {group.id!r} does not say. Expected chosen and rejected, or scores."
+            )
+        missing = sorted(needs.fields - set(group.fields))
+        if missing:
+            raise DataError(
+                f"{where} ({report.path}): {name} needs the column {missing[0]!r}, row {group.id!r} has "
+                f"{', '.join(sorted(group.fields)) or 'no others'}; `fields: {{{missing[0]}: theirs}}` maps it."
+            )
+
+
+def _flat(sources: Sequence[Sequence[Group]]) -> list[Group]:
+    return [group for groups in sources for group in groups]
+
+
+def _scorer(recipe: Recipe, held_out: Sequence[Group], renderer: Renderer) -> Callable[[list[Group]], list[Group]]:
+    sources = build_sources(recipe.eval.rewards)
+    check_columns(held_out, sources)
+
+    def score(groups: list[Group]) -> list[Group]:
+        score_groups(groups, sources, 0, stop_ids=renderer.stop_ids)
+        return groups
+
+    return score
+
+
+def _roster(recipe: Recipe, policy: CausalPolicy, algorithm: Algorithm[Any]) -> Roster:
+    models: dict[str, ScoringModel] = {}
+    caches: dict[str, LogpsCache] = {}
+    for name in sorted({column.partition(".")[0] for column in algorithm.needs.columns} - {"policy", "behaviour"}):
+        config = recipe.models.get(name, RosterModelConfig.model_validate({"from": "policy"}))
+        models[name] = _other_model(recipe.model, config, policy)
+        if config.precompute:
+            start = policy.bare if config.source == "policy" else load_policy(_frozen(recipe.model, config.source))
+            software = f"torch {torch.__version__} transformers {version('transformers')}"
+            identity = f"{fingerprint(start)} {recipe.model.dtype} {recipe.model.attn_implementation} {software}"
+            caches[name] = LogpsCache(identity, policy.dist.world)
+    unknown = sorted(set(recipe.models) - set(models))
+    if unknown:
+        raise RecipeError(
+            f"models.{unknown[0]}: {recipe.algorithm.name} uses no model of that name; it uses "
+            f"{', '.join(models) or 'none besides the policy'}"
+        )
+    return Roster(policy, models, caches)
+
+
+def _frozen(model: ModelConfig, path: str) -> ModelConfig:
+    return model.model_copy(update={"name_or_path": path, "lora": None, "gradient_checkpointing": False})
+
+
+def _other_model(model: ModelConfig, config: RosterModelConfig, policy: CausalPolicy) -> ScoringModel:
+    if config.source == "policy" and model.lora is not None:
+        return AdapterReference(policy)
+    frozen = _frozen(model, model.name_or_path if config.source == "policy" else config.source)
+    return FrozenModel(lambda: CausalPolicy(load_policy(frozen).to(policy.dist.device), policy.dist))
+
+
+def _starts_at_reference(recipe: Recipe, algorithm: Algorithm[Any]) -> bool:
+    uses = "reference.logps" in algorithm.needs.columns
+    source = recipe.models["reference"].source if "reference" in recipe.models else "policy"
+    noisy = recipe.model.lora is not None and recipe.model.lora.dropout > 0
+    return uses and source == "policy" and not noisy

@@ -1,0 +1,383 @@
+"""The conformance suite: what every algorithm must keep, as one public call.
+
+    from alignkit.testing import assert_conforms
+    assert_conforms("my_package.focal:Focal")
+
+Each check runs the real loop on a tiny model built here. Your own tests and `tests/contract` call the same functions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from alignkit import plan
+from alignkit.assemble import assemble
+from alignkit.core.contracts import Algorithm
+from alignkit.core.registry import register
+from alignkit.dist.engine import DistEngine
+from alignkit.loop.trainer import Trainer
+from alignkit.models.load import DTYPES
+from alignkit.recipe import Recipe, dump_recipe, load_recipe
+from alignkit.run import resume, train
+
+SYMBOLS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+NUM_ROWS = 7
+"""Odd, so that no micro-batch or rank count divides it."""
+TOLERANCE = 1e-6
+"""Relative L2 between gradients, and relative difference of metrics, float32."""
+TIMINGS = ("step_time", "perf/", "memory/", "train_runtime")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL inside one process: nothing catches it, nothing is saved."""
+
+
+def assert_conforms(
+    algorithm: str | type[Algorithm[Any]],
+    *,
+    config: Mapping[str, Any] | None = None,
+    rows: Sequence[Mapping[str, Any]] | None = None,
+    folder: Path | None = None,
+    world_size: int = 2,
+) -> None:
+    """Run every contract check on an algorithm.
+
+    Args:
+        algorithm: registered name, 'module:attribute', or the class itself.
+        config: its keys besides `name`.
+        rows: training rows; default: made to fit its `needs`.
+        folder: where runs are written; default: a temporary folder.
+        world_size: processes for the world-size check; 1 skips it (no processes are started).
+
+    Raises:
+        AssertionError: naming the check and the numbers.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        bench = Bench(algorithm, config=config, rows=rows, folder=folder or Path(temporary))
+        check_config(bench)
+        check_overfits(bench)
+        check_micro_batches(bench)
+        check_order(bench)
+        check_resume(bench)
+        if world_size > 1:
+            check_world_size(bench, world_size)
+
+
+class Bench:
+    """An algorithm with a tiny model, toy rows, and recipes that put them together."""
+
+    def __init__(
+        self,
+        algorithm: str | type[Algorithm[Any]],
+        *,
+        folder: Path,
+        config: Mapping[str, Any] | None = None,
+        rows: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.name = algorithm if isinstance(algorithm, str) else f"{algorithm.__module__}:{algorithm.__qualname__}"
+        self.algorithm: type[Algorithm[Any]] = register.algorithm.get(self.name).target
+        self.config = dict(config or {})
+        self.folder = folder
+        self.model = build_tiny_model(folder / "model")
+        self.data = folder / "rows.jsonl"
+        self.rows = list(rows) if rows is not None else toy_rows(self.algorithm, NUM_ROWS)
+        self.data.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+
+    def recipe(self, run: str, *, seed: int = 0, **settings: Any) -> Recipe:
+        """A recipe of this algorithm on these rows; `settings` go into its `train` block."""
+        training = {
+            "num_epochs": 1,
+            "batch_size": len(self.rows),
+            "learning_rate": 1e-3,
+            "lr_scheduler": "constant",
+            "max_length": 64,
+            "save_steps": 0,
+        }
+        return load_recipe(
+            {
+                "seed": seed,
+                "output_dir": str(self.folder / run),
+                "model": {"name_or_path": str(self.model), "dtype": "float32"},
+                "data": [{"path": str(self.data)}],
+                "algorithm": {"name": self.name, **self.config},
+                "train": {**training, **settings},
+            }
+        )
+
+
+def check_config(bench: Bench) -> None:
+    """The recipe survives being written and read, and `alignkit check` accepts it."""
+    recipe = bench.recipe("config")
+    path = bench.folder / "written.yaml"
+    path.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(path) == recipe, f"{bench.name}: a recipe changes when it is written and read again"
+    plan.check(recipe)
+
+
+def check_overfits(bench: Bench) -> None:
+    """Sixty steps on a handful of rows bring the loss down by a third at least."""
+    result = train(bench.recipe("overfit", max_steps=60, num_epochs=60, learning_rate=3e-3), quiet=True, report=False)
+    losses = [record["loss"] for record in read_metrics(result.folder)]
+    assert losses[-1] < losses[0] - abs(losses[0]) / 3, (
+        f"{bench.name}: does not overfit {len(bench.rows)} rows: loss {losses[0]:.4f} → {losses[-1]:.4f} in 60 steps"
+    )
+
+
+def check_micro_batches(bench: Bench) -> None:
+    """One gradient and one set of metrics for micro-batches of 1, 3 and all units, hence for any padding."""
+    _assert_same_steps(
+        bench,
+        {f"micro-batch {size or 'all'}": bench.recipe(f"micro-{size}", micro_batch_size=size) for size in (None, 1, 3)},
+    )
+
+
+def check_order(bench: Bench) -> None:
+    """Another shuffle of the same optimizer batch has the same gradient and metrics."""
+    _assert_same_steps(bench, {f"seed {seed}": bench.recipe(f"order-{seed}", seed=seed) for seed in (0, 1)})
+
+
+def check_resume(bench: Bench) -> None:
+    """Killed inside any step and resumed, the run ends with the same bits and the same metrics.
+
+    Two passes over every round, so that some kills fall inside one.
+    """
+    settings = {"batch_size": 3, "num_epochs": 1, "epochs_per_round": 2, "save_steps": 2}
+    whole = train(bench.recipe("whole", **settings), quiet=True, report=False)
+    expected = digest(whole.folder), comparable_metrics(whole.folder)
+    for step in range(1, whole.steps + 1):
+        recipe = bench.recipe(f"killed-{step}", **settings)
+        with _killed_at(step):
+            try:
+                train(recipe, quiet=True, report=False)
+            except Killed:
+                pass
+            else:
+                raise AssertionError(f"{bench.name}: step {step} was never reached")
+        resume(recipe.output_dir, quiet=True, report=False)
+        found = digest(Path(recipe.output_dir)), comparable_metrics(Path(recipe.output_dir))
+        assert found[0] == expected[0], f"{bench.name}: killed at step {step} and resumed, the weights differ"
+        assert found[1] == expected[1], f"{bench.name}: killed at step {step} and resumed, the metrics differ"
+
+
+def check_world_size(bench: Bench, size: int) -> None:
+    """Several processes take the same steps as one, with a batch that they cannot share evenly."""
+    alone = train(bench.recipe("world-1", max_steps=5, num_epochs=5), quiet=True, report=False)
+    many = bench.recipe(f"world-{size}", max_steps=5, num_epochs=5)
+    path = bench.folder / "many.yaml"
+    path.write_text(dump_recipe(many), encoding="utf-8")
+    run_processes(["-m", "alignkit", "train", str(path)], size)
+    folder = Path(many.output_dir)
+    lock = json.loads((folder / "run.lock").read_text())
+    assert lock["world_size"] == size, f"{bench.name}: asked for {size} processes, ran with {lock['world_size']}"
+    worst = weight_difference(alone.folder, folder)
+    assert worst <= TOLERANCE, (
+        f"{bench.name}: weights of {size} processes and of one differ by {worst:.2g} after 5 steps"
+    )
+    _assert_close_metrics(bench, f"{size} processes", read_metrics(folder), read_metrics(alone.folder), 1e-5)
+
+
+def run_processes(arguments: Sequence[str], size: int) -> subprocess.CompletedProcess[str]:
+    """`python <arguments>` in `size` processes of this machine. Raises AssertionError with the output on failure."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", "--standalone", *arguments]
+    if arguments[0] == "-m":
+        command = [*command[:5], "-m", *arguments[1:]]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600, check=False)
+    assert done.returncode == 0, (
+        f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+    )
+    return done
+
+
+def gradient_step(recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The gradient of the first optimizer batch, by weight name, and what the step logs."""
+    Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
+    dist = DistEngine(DTYPES[recipe.model.dtype])
+    run = assemble(recipe, dist, Console(quiet=True))
+    gradients: dict[str, Tensor] = {}
+    norm = dist.grad_norm
+
+    def keep(parameters: Any, max_norm: float) -> Tensor:
+        named = run.trainer.policy.bare.named_parameters()
+        gradients.update({name: p.grad.clone() for name, p in named if p.grad is not None})
+        return norm(parameters, max_norm)
+
+    dist.grad_norm = keep  # type: ignore[method-assign]
+    run.trainer.progress.total_steps = 1
+    for file in run.files:
+        file.fresh()
+    run.trainer.run()
+    run.close()
+    return gradients, read_metrics(Path(recipe.output_dir))[0]
+
+
+def relative_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """L2 norm of the difference over the L2 norm of `expected`, all tensors together."""
+    assert found.keys() == expected.keys()
+    difference = sum(float((found[name].double() - x.double()).pow(2).sum()) for name, x in expected.items())
+    total = sum(float(x.double().pow(2).sum()) for x in expected.values())
+    return (difference / total) ** 0.5 if total else difference**0.5
+
+
+def weight_difference(first: Path, second: Path) -> float:
+    """Largest absolute difference between two exported models' weights."""
+    from safetensors.torch import load_file
+
+    names = [p.name for p in first.glob("*.safetensors")]
+    assert names, f"{first} holds no weights"
+    worst = 0.0
+    for name in names:
+        a, b = load_file(first / name), load_file(second / name)
+        worst = max(worst, *(float((a[key] - b[key]).abs().max()) for key in a))
+    return worst
+
+
+def digest(folder: Path) -> str:
+    """sha256 of a run's exported weights."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def comparable_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl without timings."""
+    return [{k: v for k, v in r.items() if not k.startswith(TIMINGS)} for r in read_metrics(folder)]
+
+
+def build_tiny_model(folder: Path, seed: int = 0) -> Path:
+    """A two-layer Llama of random weights with a character tokenizer; the folder loads with plain transformers."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    pieces = ["<pad>", "<bos>", "<eos>", "<unk>", *SYMBOLS]
+    inner = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    inner.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(pieces),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=128,
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=0,
+                tie_word_embeddings=True,
+                initializer_range=0.1,
+            )
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def toy_rows(algorithm: type[Algorithm[Any]], count: int) -> list[dict[str, Any]]:
+    """Rows that fit an algorithm's needs: answers in upper case are good, in lower case bad, of many lengths."""
+    needs = algorithm.needs
+    draw = random.Random(0)
+    rows = []
+    for i in range(count):
+        prompt = "".join(draw.choices(SYMBOLS[:26], k=draw.randint(2, 12)))
+        answers = [
+            "".join(draw.choices(SYMBOLS[27:] if j == 0 else SYMBOLS[:26], k=draw.randint(1, 16)))
+            for j in range(max(1, needs.completions))
+        ]
+        row: dict[str, Any] = {"id": f"row-{i}", "prompt": prompt}
+        if needs.completions == 2:
+            row |= {"chosen": answers[0], "rejected": answers[1]}
+        elif needs.completions > 2:
+            row |= {"completions": answers, "scores": [float(-j) for j in range(len(answers))]}
+        elif "label" in needs.fields:
+            row |= {"completion": answers[0] if i % 2 else answers[0].lower(), "label": bool(i % 2)}
+        else:
+            row |= {"completion": answers[0]}
+        rows.append(row)
+    return rows
+
+
+def _assert_same_steps(bench: Bench, recipes: Mapping[str, Recipe]) -> None:
+    steps = {label: gradient_step(recipe) for label, recipe in recipes.items()}
+    (first, (gradient, metrics)), *others = steps.items()
+    assert gradient, f"{bench.name}: no weight has a gradient"
+    for label, (found, logged) in others:
+        difference = relative_difference(found, gradient)
+        assert difference <= TOLERANCE, (
+            f"{bench.name}: the gradient of {label} differs from that of {first} by {difference:.2g} (relative L2, "
+            f"allowed {TOLERANCE:g}): the loss averages for itself, or a statistic of the batch is not in `annotate`"
+        )
+        _assert_close_metrics(bench, label, [logged], [metrics], TOLERANCE)
+
+
+def _assert_close_metrics(
+    bench: Bench,
+    label: str,
+    found: Sequence[Mapping[str, Any]],
+    expected: Sequence[Mapping[str, Any]],
+    tolerance: float,
+) -> None:
+    assert len(found) == len(expected), f"{bench.name}: {label} logged {len(found)} records, not {len(expected)}"
+    for got, want in zip(found, expected, strict=True):
+        names = {name for name in {*got, *want} if not name.startswith(TIMINGS)}
+        for name in sorted(names):
+            assert name in got.keys() & want.keys(), f"{bench.name}: {name} is logged by only one of the runs ({label})"
+            # before the first step margins are differences of equal numbers: rounding is all there is
+            close = abs(got[name] - want[name]) <= tolerance * max(1.0, abs(want[name]))
+            if name != "rewards/accuracies":
+                assert close, f"{bench.name}: {name} is {got[name]!r} with {label}, {want[name]!r} without"
+
+
+@contextmanager
+def _killed_at(step: int) -> Iterator[None]:
+    original: Callable[[Trainer, list[int]], None] = Trainer.update
+
+    def update(self: Trainer, part: list[int]) -> None:
+        if self.progress.step + 1 == step:
+            raise Killed
+        original(self, part)
+
+    Trainer.update = update  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Trainer.update = original  # type: ignore[method-assign]
+
+
+__all__ = [
+    "Bench",
+    "assert_conforms",
+    "check_config",
+    "check_micro_batches",
+    "check_order",
+    "check_overfits",
+    "check_resume",
+    "check_world_size",
+]
