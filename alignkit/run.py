@@ -34,6 +34,7 @@ from alignkit.track.card import CardFacts, write_card
 from alignkit.track.report import write_report
 
 RECIPE_FILE = "recipe.resolved.yaml"
+BOOKKEEPING = ("step", "epoch", "step_time")
 LOCKED_PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "numpy", "trl")
 
 
@@ -271,7 +272,7 @@ def _finish(recipe: Recipe, folder: Path, run: Assembled, with_report: bool) -> 
                 peft=trainer.policy.is_peft,
                 conversational=bool(run.renderer.tokenizer.chat_template),
                 versions=_versions(),
-                metrics=metrics,
+                metrics={k: v for k, v in metrics.items() if k not in BOOKKEEPING},
             ),
         )
         report = write_report([folder]) if with_report else None

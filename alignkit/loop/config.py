@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from alignkit.core.config import Config
 from alignkit.data.config import DataConfig
@@ -49,3 +49,11 @@ class EvalConfig(Config):
     rewards: list[RewardConfig] = Field(
         [], description="score the samples; gives eval_win_rate against the start model"
     )
+
+    @model_validator(mode="after")
+    def _asks_for_what_it_can_do(self) -> EvalConfig:
+        if not self.data and (self.every_steps or self.num_samples):
+            raise ValueError("nothing to evaluate on: give `data`, or leave every_steps and num_samples at 0")
+        if self.rewards and not self.num_samples:
+            raise ValueError("`rewards` score samples, and num_samples is 0: say how many prompts to sample from")
+        return self

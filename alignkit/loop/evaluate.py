@@ -45,6 +45,7 @@ class Evaluator:
         self._algorithm, self._policy, self._roster, self._dist = algorithm, policy, roster, dist
         self._sampler, self._score, self._samples = sampler, score, samples
         self._baseline: dict[str, float] = {}
+        self.last_step = -1
 
     def due(self, step: int) -> bool:
         """Whether the recipe asks for an evaluation after this step."""
@@ -52,6 +53,7 @@ class Evaluator:
 
     def measure(self, step: int) -> dict[str, float]:
         """All `eval_` metrics at this step; empty without held-out data."""
+        self.last_step = step
         if not self._groups:
             return {}
         with self._policy.evaluating():
@@ -64,11 +66,15 @@ class Evaluator:
         """The start model's scores, and how far samples.jsonl was written."""
         if self._samples is not None:
             self._samples.sync()
-        return {"baseline": self._baseline, "samples": self._samples.state_dict() if self._samples else None}
+        return {
+            "baseline": self._baseline,
+            "last_step": self.last_step,
+            "samples": self._samples.state_dict() if self._samples else None,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Compare with the same start model again; samples written after the checkpoint are cut off."""
-        self._baseline = state["baseline"]
+        self._baseline, self.last_step = state["baseline"], state["last_step"]
         if self._samples is not None:
             self._samples.load_state_dict(state["samples"])
 

@@ -90,8 +90,7 @@ class Trainer:
                     self.round.advance()
                     self.due()
                 self.engine.sync(self.progress.version)
-            if not self.evaluator.due(self.progress.step) and self.progress.step > 0:
-                self.evaluate()
+            self.evaluate()
             self.save()
 
     def update(self, part: list[int]) -> None:
@@ -155,9 +154,9 @@ class Trainer:
             )
 
     def evaluate(self) -> None:
-        """Measure on held-out data and log it."""
-        record = self.evaluator.measure(self.progress.step)
-        if record:
+        """Measure on held-out data and log it, unless this step was measured already."""
+        step = self.progress.step
+        if self.evaluator.last_step != step and (record := self.evaluator.measure(step)):
             self.track.log({"step": self.progress.step, "epoch": self.stream.epoch, **record})
 
     def parts(self) -> tuple[dict[str, Stateful], dict[str, Stateful]]:
