@@ -44,6 +44,8 @@ def check(recipe: Recipe) -> list[str]:
         except DataError as error:
             mistakes.add(recipe.origin.place(f"{key}.path"), key, str(error))
     mistakes.stop_if_any()
+    if not recipe.eval.data:
+        lines.append("eval        no held-out data: nothing is evaluated")
     return [*lines, *_batch_lines(recipe, needs)]
 
 

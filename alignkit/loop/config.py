@@ -52,8 +52,8 @@ class EvalConfig(Config):
 
     @model_validator(mode="after")
     def _asks_for_what_it_can_do(self) -> EvalConfig:
-        if not self.data and (self.every_steps or self.num_samples):
-            raise ValueError("nothing to evaluate on: give `data`, or leave every_steps and num_samples at 0")
+        if self.num_samples and not self.data:
+            raise ValueError("num_samples draws from held-out prompts: give `data`, or leave it at 0")
         if self.rewards and not self.num_samples:
             raise ValueError("`rewards` score samples, and num_samples is 0: say how many prompts to sample from")
         return self
