@@ -279,6 +279,9 @@ def test_unknown_keys_are_told_what_they_are_called_here(line: str, said: str) -
     assert "unknown key; " + said in told
 
 
+SAMPLED = {"data": [{"path": "x"}], "num_samples": 2}
+
+
 @pytest.mark.parametrize(
     ("blocks", "where", "said"),
     [
@@ -288,7 +291,9 @@ def test_unknown_keys_are_told_what_they_are_called_here(line: str, said: str) -
         ({"algorithm": {"name": 3}}, "algorithm.name", "expected the name of an algorithm"),
         ({"algorithm": {"name": "no_such_mod:X"}}, "algorithm.name", "there is no module 'no_such_mod'"),
         ({"rewards": [{"name": "word_valance"}]}, "rewards.0.name", "did you mean 'word_valence'?"),
-        ({"eval": {"rewards": [{"name": "nothing"}]}}, "eval.rewards.0.name", "unknown reward 'nothing'"),
+        ({"eval": {**SAMPLED, "rewards": [{"name": "nothing"}]}}, "eval.rewards.0.name", "unknown reward 'nothing'"),
+        ({"eval": {"num_samples": 4}}, "eval", "num_samples draws from held-out prompts: give `data`"),
+        ({"eval": {"rewards": [{"name": "length"}]}}, "eval", "`rewards` score samples, and num_samples is 0"),
         ({"models": {"refrence": {}}}, "models.refrence", "dpo uses no model 'refrence'; did you mean 'reference'?"),
         ({"data": [{"path": "x", "format": "text"}]}, "data.0.format", "dpo learns from preference or ranked rows"),
         ({"data": []}, "data", "got a list of 0, expected a list of at least 1"),

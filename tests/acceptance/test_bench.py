@@ -31,6 +31,7 @@ def test_a_bound_may_have_two_sides(value, good):
 def test_a_figure_without_bound_is_reported_only():
     assert passes([Figure("valid", 0.0)])
     assert Figure("valid", 0.0).bound == "reported"
+    assert script.table([0], [[Figure("valid", 0.0)]])[-1].endswith("| reported | – |")
     assert Figure("valid", 0.0, at_least=0.35, at_most=0.65).bound == "≥ 0.35, ≤ 0.65"
 
 
