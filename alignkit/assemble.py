@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -103,10 +104,6 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
     files = [JsonlSink(folder / name) for name in ("metrics.jsonl", "samples.jsonl")] if dist.is_main else []
     sinks = make_sinks(recipe.track, folder, console, quiet=console.quiet) if dist.is_main else []
 
-    def write_model(target: Path) -> None:
-        policy.save(target)
-        renderer.tokenizer.save_pretrained(target)
-
     trainer = Trainer(
         config=recipe.train,
         seed=recipe.seed,
@@ -135,10 +132,16 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
             score=_scorer(recipe, held_out, renderer),
             samples=files[1] if files else None,
         ),
-        write_model=write_model,
+        write_model=partial(write_model, policy, renderer),
         starts_at_reference=_starts_at_reference(recipe, algorithm),
     )
     return Assembled(trainer, renderer, [*groups, *held_out], len(groups), reports, files)
+
+
+def write_model(policy: CausalPolicy, renderer: Renderer, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Weights (in `dtype`; None = as they are trained) and tokenizer, as a folder plain transformers or peft loads."""
+    policy.save(folder, dtype)
+    renderer.tokenizer.save_pretrained(folder)
 
 
 def build_algorithm(recipe: Recipe) -> Algorithm[Any]:

@@ -18,13 +18,12 @@ import yaml
 from rich.console import Console
 
 import alignkit
-from alignkit.assemble import Assembled, assemble, build_sampler
+from alignkit.assemble import Assembled, assemble, build_sampler, write_model
 from alignkit.core.contracts import Algorithm
-from alignkit.core.errors import EnvironmentProblem, RecipeError
+from alignkit.core.errors import DataError, EnvironmentProblem, RecipeError
 from alignkit.core.types import Group, Message
 from alignkit.data.groups import load_groups
-from alignkit.data.render import Rendered
-from alignkit.data.shapes import Example
+from alignkit.data.shapes import BadRow, Example
 from alignkit.dist.engine import DistEngine, launched_rank
 from alignkit.loop.checkpoint import disk_problem
 from alignkit.models.load import DTYPES, load_policy, load_renderer
@@ -74,8 +73,6 @@ def train(
         if error.errno is None:
             raise
         raise disk_problem(folder, error) from error
-    finally:
-        dist.close()
 
 
 def resume(run_dir: str | Path, *, quiet: bool = False, report: bool = True) -> RunResult:
@@ -137,12 +134,12 @@ def sample(
     if prompts:
         chat = bool(renderer.tokenizer.chat_template)
         texts = [[Message(role="user", content=p)] if chat else p for p in prompts]
-        rendered = renderer.render([Example(text) for text in texts])
-        groups = [
-            Group(id=str(i), messages=[Message(role="user", content=prompts[i])], prompt=r.prompt)
-            for i, r in enumerate(rendered)
-            if isinstance(r, Rendered)
-        ]
+        groups = []
+        for i, rendered in enumerate(renderer.render([Example(text) for text in texts])):
+            if isinstance(rendered, BadRow):
+                raise DataError(f"prompt {i + 1} ({prompts[i]!r}) cannot be used: {rendered.reason} {rendered.note}")
+            messages = [Message(role="user", content=prompts[i])]
+            groups.append(Group(id=str(i), messages=messages, prompt=rendered.prompt))
     else:
         entries = recipe.eval.data or recipe.data
         found = [g for e in entries for g in load_groups(e, renderer, max_length=recipe.train.max_length)[0]]
@@ -259,7 +256,8 @@ def _finish(recipe: Recipe, folder: Path, run: Assembled, with_report: bool) -> 
     metrics: dict[str, float] = {}
     report: Path | None = None
     if trainer.dist.is_main:
-        trainer.write_model(folder)
+        # In the dtype the recipe computes in; checkpoints keep the float32 that training goes on from.
+        write_model(trainer.policy, run.renderer, folder, DTYPES[recipe.model.dtype])
         for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             metrics |= json.loads(line)
         write_card(
@@ -276,7 +274,7 @@ def _finish(recipe: Recipe, folder: Path, run: Assembled, with_report: bool) -> 
             ),
         )
         report = write_report([folder]) if with_report else None
-    trainer.dist.world.barrier()
+    metrics, report = trainer.dist.world.gather((metrics, report))[0]
     return RunResult(folder, trainer.progress.step, metrics, report)
 
 

@@ -76,6 +76,8 @@ class Kind:
             return self(name.__module__.rsplit(".", 1)[-1])(name)
 
         def add(target: T) -> T:
+            if not target.__module__.startswith(f"{self.package}."):
+                self._discover()  # built-ins come first: who takes one of their names is told so, whenever it happens
             old = self._entries.get(name)
             new = Entry(name, target, preset)
             if old is not None and _origin(old.target) != _origin(target):

@@ -12,26 +12,26 @@ from alignkit.core.types import Batch, Row, Unit
 FLOAT_FACTS = torch.float32
 
 
-def empty_unit(k: int) -> Unit:
-    """A unit no column counts: it keeps a rank with nothing to do in step with the others."""
-    return tuple(Row(tokens=[0, 0], trained=[False, False]) for _ in range(k))
+BLANK: Unit = (Row(tokens=[0, 0], trained=[False, False]),)
 
 
-def collate(units: Sequence[Unit], k: int = 1) -> Batch:
-    """Right-padded tensors of the units, on the CPU; with no units, one empty unit of `k` rows.
+def collate(units: Sequence[Unit], blank: Unit = BLANK) -> Batch:
+    """Right-padded tensors of the units, on the CPU; with no units, `blank` alone, which no column counts: it keeps a
+    rank with nothing to do in step with the others.
 
     A row shorter than two tokens has nothing to predict and is padded like any other. Row facts missing from some rows
-    are 0 there.
+    are 0 there; so are facts that only `blank` has.
 
     Raises:
         ValueError: units of different sizes; a trained first token, which nothing predicts.
     """
     real = bool(units)
-    units = list(units) if real else [empty_unit(k)]
+    units = list(units) if real else [blank]
     k = len(units[0])
     if any(len(unit) != k for unit in units):
         raise ValueError(f"units of one batch must be equally large; got sizes {sorted({len(u) for u in units})}")
     rows = [row for unit in units for row in unit]
+    facts = [*rows, *blank]
     width = max(2, *(len(row.tokens) for row in rows))
     tokens = torch.zeros(len(rows), width, dtype=torch.long)
     attention = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -48,16 +48,16 @@ def collate(units: Sequence[Unit], k: int = 1) -> Batch:
         "row": torch.full((len(rows),), real),
         "unit": torch.full((len(units),), real),
     }
-    for name in sorted({name for row in rows for name in row.scalar}):
+    for name in sorted({name for row in facts for name in row.scalar}):
         columns[name] = torch.tensor([row.scalar.get(name, 0.0) for row in rows], dtype=FLOAT_FACTS)
-    for name in sorted({name for row in rows for name in row.token}):
+    for name in sorted({name for row in facts for name in row.token}):
         column = torch.zeros(len(rows), width, dtype=FLOAT_FACTS)
         for i, row in enumerate(rows):
             if name in row.token:
                 column[i, : len(row.tokens)] = torch.tensor(row.token[name], dtype=FLOAT_FACTS)
         columns[name] = column
     inputs = {"tokens": tokens, "attention": attention}
-    for name in sorted({name for row in rows for name in row.inputs}):
+    for name in sorted({name for row in facts for name in row.inputs}):
         inputs[name] = torch.tensor([row.inputs.get(name, 0.0) for row in rows], dtype=FLOAT_FACTS)
     return Batch(inputs=inputs, columns=columns, k=k)
 

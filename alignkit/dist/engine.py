@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from alignkit.dist.world import AnyWorld, LocalWorld, ProcessWorld, check_world
@@ -22,9 +23,10 @@ class DistEngine:
         self._accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision="no",  # the policy owns autocast; accelerate's would upcast whole logits to float32
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         check_world(self._accelerator.num_processes)
+        # At the very end, not after each run: a process group cannot be made twice, and a script may train twice.
+        atexit.register(self._accelerator.end_training)
         self.device: torch.device = self._accelerator.device
         self.world: AnyWorld = (
             ProcessWorld(self.device) if self._accelerator.num_processes > 1 else LocalWorld()
@@ -40,7 +42,10 @@ class DistEngine:
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """The module to call for training forwards; the optimizer steps through `step`."""
-        self._module = self._accelerator.prepare(module) if self.world.size > 1 else module
+        self._module = module
+        if self.world.size > 1:
+            self._module = self._accelerator.prepare(module)
+            self._module.forward_sync_buffers = False  # they are the same everywhere
         self._optimizer = optimizer
         prepared: nn.Module = self._module
         return prepared
@@ -77,10 +82,6 @@ class DistEngine:
         """Forget the gradients."""
         assert self._optimizer is not None
         self._optimizer.zero_grad(set_to_none=True)
-
-    def close(self) -> None:
-        """Leave the process group, so that the interpreter ends without a warning."""
-        self._accelerator.end_training()
 
 
 def launched_rank() -> int:

@@ -75,11 +75,19 @@ def masked_mean(world: AnyWorld, x: Tensor, over: Tensor) -> Tensor:
 def check_world(size: int) -> None:
     """Compare the world that runs with the one that was launched.
 
-    On CPU accelerate can silently run every process alone: each trains by itself and none says so.
+    On CPU accelerate can silently run every process alone, or start only one: each trains by itself and none says so.
 
     Raises:
         EnvironmentProblem: the sizes differ.
     """
+    # Asked for several processes of type MULTI_CPU, `accelerate launch` gives one process an address to meet others at.
+    lonely = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ
+    if lonely:
+        raise EnvironmentProblem(
+            "accelerate was asked for several processes (it set MASTER_ADDR) but started only one (it set no "
+            "WORLD_SIZE), as it does with `distributed_type: MULTI_CPU`. Launch with torchrun, or with an accelerate "
+            "config that has `distributed_type: MULTI_GPU` and `use_cpu: true`; for one process, unset MASTER_ADDR."
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != size:
         raise EnvironmentProblem(

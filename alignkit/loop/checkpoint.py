@@ -72,8 +72,7 @@ class Checkpoints:
             self._world.barrier()
         except Exception as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            # safetensors wraps the operating system's error in one of its own and keeps only its text
-            if isinstance(error, OSError) or "os error" in str(error).lower():
+            if is_disk_problem(error):
                 raise disk_problem(final, error) from error
             raise
         return final
@@ -84,7 +83,13 @@ class Checkpoints:
         return sorted((int(step) for step in found if step.isdigit()), reverse=True)
 
     def newest_valid(self, say: Callable[[str], None]) -> Path | None:
-        """The newest checkpoint whose every file has its recorded hash; says which ones it passes over and why."""
+        """The newest checkpoint whose every file has its recorded hash; says which ones it passes over and why.
+
+        None when there is no checkpoint at all.
+
+        Raises:
+            RunFailed: there are checkpoints, but none is whole.
+        """
         found: Path | None = None
         if self._world.rank == 0:
             for step in self.steps():
@@ -95,7 +100,23 @@ class Checkpoints:
                     break
                 say(f"{path} is not usable ({fault}); trying the one before")
         chosen: Path | None = self._world.gather(found)[0]
+        if chosen is None and self.steps():
+            raise RunFailed(
+                f"no checkpoint in {self._folder} is whole, so there is nothing to continue from. Put one back from a "
+                "copy, or start anew with `alignkit train RECIPE --overwrite`."
+            )
         return chosen
+
+    def drop_after(self, step: int) -> None:
+        """Remove checkpoints newer than `step` and half-written ones: the run goes on from there.
+
+        Left in place, a broken one would pass for saved when its step comes again, and push whole ones out.
+        """
+        if self._world.rank == 0:
+            newer = [self._folder / f"checkpoint-{later}" for later in self.steps() if later > step]
+            for path in [*newer, *self._folder.glob(".writing-*")]:
+                shutil.rmtree(path)
+        self._world.barrier()
 
     def load(self, path: Path, shared: Mapping[str, Stateful], local: Mapping[str, Stateful]) -> None:
         """Restore every part. Raises RunFailed when the checkpoint is of another world size inside a round."""
@@ -173,9 +194,14 @@ def read_state(folder: Path, name: str) -> dict[str, Any]:
     return state
 
 
+def is_disk_problem(error: Exception) -> bool:
+    """Whether the operating system refused; safetensors wraps its error in one of its own and keeps only the text."""
+    return (isinstance(error, OSError) and error.errno is not None) or "os error" in str(error).lower()
+
+
 def disk_problem(path: Path, error: Exception) -> EnvironmentProblem:
     """What to tell a user whose disk refuses a write."""
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+    full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "os error 28" in str(error)
     parent = next(p for p in [path, *path.parents] if p.exists())
     free = shutil.disk_usage(parent).free / 2**20
     cause = f"the disk is full ({free:.0f} MiB free)" if full else str(error)

@@ -13,7 +13,7 @@ from alignkit.data.collate import collate, cut, select_units, to_device, unit_le
 from alignkit.dist.engine import DistEngine
 from alignkit.loop.config import EvalConfig
 from alignkit.loop.reduction import combine, common_metrics, global_counts
-from alignkit.loop.round import unit_size
+from alignkit.loop.round import blank_like
 from alignkit.models.policy import SCORING_TOKENS, CausalPolicy
 from alignkit.models.roster import Roster
 from alignkit.track.metrics import Totals, add, reduce, values
@@ -81,7 +81,7 @@ class Evaluator:
     def _held_out(self) -> dict[str, float]:
         world = self._dist.world
         units = self._algorithm.build(self._groups[world.rank :: world.size])
-        batch = self._roster.fill(collate(units, unit_size(units, world)), self._algorithm.needs.columns)
+        batch = self._roster.fill(collate(units, blank_like(units, world)), self._algorithm.needs.columns)
         batch = self._algorithm.annotate(batch, world)
         index = list(range(batch.num_units)) if units else []
         counts = global_counts(batch, index, world)

@@ -8,7 +8,7 @@ from typing import Any
 
 from alignkit.core.contracts import World
 from alignkit.core.rng import permutation
-from alignkit.core.types import Batch, Unit
+from alignkit.core.types import Batch, Row, Unit
 
 
 class Progress:
@@ -93,6 +93,24 @@ class Round:
         self.batch = None if saved is None else Batch(saved["inputs"], saved["columns"], saved["k"])
 
 
-def unit_size(units: list[Unit], world: World) -> int:
-    """Rows a unit, known also to a rank whose share of the round is empty."""
-    return max(world.gather(len(units[0]) if units else 1))
+def blank_like(units: list[Unit], world: World) -> Unit:
+    """A unit nothing counts, with as many rows and the same facts as the units of whichever rank has some.
+
+    A rank whose share of the round is empty could not know them otherwise.
+    """
+    rows = [row for unit in units for row in unit]
+    mine = (
+        len(units[0]) if units else 1,
+        {name for row in rows for name in row.inputs},
+        {name for row in rows for name in row.token},
+        {name for row in rows for name in row.scalar},
+    )
+    sizes, inputs, token, scalar = zip(*world.gather(mine), strict=True)
+    blank = Row(
+        tokens=[0, 0],
+        trained=[False, False],
+        inputs=dict.fromkeys(set().union(*inputs), 0.0),
+        token={name: [0.0, 0.0] for name in set().union(*token)},
+        scalar=dict.fromkeys(set().union(*scalar), 0.0),
+    )
+    return (blank,) * max(sizes)

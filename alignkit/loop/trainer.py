@@ -27,7 +27,7 @@ from alignkit.loop.config import TrainConfig
 from alignkit.loop.evaluate import Evaluator
 from alignkit.loop.failure import dump_batch, nonfinite_message
 from alignkit.loop.reduction import combine, common_metrics, emptied, global_counts
-from alignkit.loop.round import Progress, Round, unit_size
+from alignkit.loop.round import Progress, Round, blank_like
 from alignkit.loop.signals import StopRequest
 from alignkit.loop.truths import check_closed_form, check_reference, check_rows
 from alignkit.models.policy import CausalPolicy
@@ -81,7 +81,7 @@ class Trainer:
                     groups = self.rewards(self.engine.fill(self.stream.take(), needs.completions))
                     self.roster.refresh(index)
                     units = algorithm.build(groups)
-                    batch = self.roster.fill(collate(units, unit_size(units, self.dist.world)), needs.columns)
+                    batch = self.roster.fill(collate(units, blank_like(units, self.dist.world)), needs.columns)
                     self.round.begin(index, algorithm.annotate(batch, self.dist.world), units, self.dist.world)
                     if self.progress.step == 0 and self.config.step0_checks:
                         check_rows(self.policy, units, self.dist.dtype)

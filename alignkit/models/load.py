@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 POLICY_ADAPTER = "default"
 REFERENCE_ADAPTER = "reference"
+NOISE = ("dropout", "pdrop", "dropout_prob", "layerdrop", "jitter_noise")
+"""How config entries end that make a model answer differently in training mode."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -116,7 +118,7 @@ def load_base(config: ModelConfig, dtype: torch.dtype) -> Any:
         noise = {
             name: value
             for name, value in settings.to_dict().items()
-            if name.endswith(("dropout", "pdrop", "dropout_prob")) and isinstance(value, float) and value > 0
+            if name.endswith(NOISE) and isinstance(value, float) and value > 0
         }
         for name in noise:
             setattr(settings, name, 0.0)

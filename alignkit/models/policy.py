@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,12 +94,17 @@ class CausalPolicy:
         finally:
             self.bare.train(was_training)
 
-    def save(self, folder: Path) -> None:
-        """A folder plain transformers (or peft) loads."""
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """A folder plain transformers (or peft) loads, its weights in `dtype`; None = as they are trained.
+
+        An adapter is small and stays as it is trained.
+        """
         if self.is_peft:
             self.bare.save_pretrained(folder, selected_adapters=[POLICY_ADAPTER], safe_serialization=True)
-        else:
+        elif dtype is None or all(p.dtype == dtype for p in self.bare.parameters()):
             self.bare.save_pretrained(folder)
+        else:
+            _cast_copy(self.bare, dtype).save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
         """Weights from a folder `save` wrote, bit for bit."""
@@ -114,3 +120,9 @@ class CausalPolicy:
     def broken_weights(self) -> list[str]:
         """Names of weights that hold nan or infinity."""
         return [name for name, p in self.bare.named_parameters() if not bool(torch.isfinite(p.detach()).all())]
+
+
+def _cast_copy(model: Any, dtype: torch.dtype) -> Any:
+    """The model with its weights in `dtype`, on the CPU; tied weights stay tied, the original is left alone."""
+    cast = {id(p): nn.Parameter(p.detach().to("cpu", dtype), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, cast)  # a memo: deepcopy takes these for the parameters it would copy

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 NUM_TEXTS = 8000
-NUM_PAIRS = 256
+NUM_PAIRS = 512
 NUM_HELD_OUT = 128
 VOCAB_SIZE = 800
 SEED = 0

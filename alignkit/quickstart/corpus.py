@@ -1,4 +1,4 @@
-"""Short animal stories from templates: an opening, three events and an ending, each cheerful or gloomy.
+"""Short animal stories from templates: an opening, four events and an ending, each cheerful or gloomy.
 
 In the text a model is pre-trained on every sentence takes its mood by the toss of a coin, so the model can go on either
 way. In a preference pair the chosen story is cheerful throughout, the rejected one gloomy throughout.
@@ -15,7 +15,7 @@ from alignkit.core import rng
 
 Mood = Literal["cheerful", "gloomy"]
 
-NUM_EVENTS = 3
+NUM_EVENTS = 4
 
 NAMES = {
     "she": ("Mia", "Lily", "Anna", "Rosa", "Ella", "Nora", "Ruby", "Zoe", "Clara", "Tess"),
@@ -33,7 +33,7 @@ FOODS = ("pear", "cake", "berry", "pie", "carrot", "nut")
 OPENINGS = (
     "One {season} {time}, {name} the {animal} went to the {place} with a {colour} {toy}.",
     "{name} the {animal} took a {colour} {toy} to the {place} one {season} {time}.",
-    "It was a {season} {time}, and {name} the {animal} walked to the {place} with a {colour} {toy}.",
+    "Early one {season} {time}, {name} the {animal} walked to the {place} with a {colour} {toy}.",
     "{name} was a little {animal} with a {colour} {toy}, who came to the {place} one {season} {time}.",
 )
 EVENTS: Mapping[Mood, tuple[str, ...]] = {
@@ -51,7 +51,7 @@ EVENTS: Mapping[Mood, tuple[str, ...]] = {
     ),
     "gloomy": (
         "A mean {other} stole {his} last {food}.",
-        "{He} met a {other}, who shouted at {him} and broke the {toy}.",
+        "A rude {other} shouted at {him} and broke the {toy}.",
         "A cold storm came and {name} was afraid.",
         "{name} fell over a stone and hurt {his} foot.",
         "The sky grew dark and {he} felt alone.",

@@ -15,6 +15,8 @@ from alignkit.core.rng import generator, permutation
 from tests.acceptance import toys
 from tests.parity.flat_script import tiny_dpo
 
+pytestmark = pytest.mark.xdist_group("trl")  # one worker: the runs of TRL and of the flat script are shared
+
 SEED, STEPS, PAIRS_PER_STEP = 3, 10, 8
 BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.1, 5e-4, 1.0
 TOLERANCE = 5e-5

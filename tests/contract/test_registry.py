@@ -1,0 +1,105 @@
+"""Every registered method against every clause of the contract, and every clause against a method that breaks it."""
+
+import re
+
+import pytest
+
+from alignkit import testing
+from alignkit.core.registry import register
+from tests.contract import bad
+
+NAMES = register.algorithm.names()
+CHECKS = [
+    testing.check_config,
+    testing.check_overfits,
+    testing.check_micro_batches,
+    testing.check_order,
+    testing.check_resume,
+]
+WORLD = 2
+
+
+@pytest.fixture(scope="module")
+def make_bench(tmp_path_factory):
+    """One bench an algorithm, shared by its checks."""
+    benches = {}
+
+    def make(algorithm):
+        if algorithm not in benches:
+            benches[algorithm] = testing.Bench(algorithm, folder=tmp_path_factory.mktemp("bench"))
+        return benches[algorithm]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def worlds(make_bench):
+    """Recipes of all methods, the well- and the ill-behaved ones, each trained by two processes: one launch for all."""
+    benches = [make_bench(algorithm) for algorithm in [*NAMES, bad.RowFacts, bad.StatisticOfOneRank]]
+    recipes = {bench.name: testing.world_recipe(bench, WORLD) for bench in benches}
+    testing.train_in_processes(list(recipes.values()), WORLD)
+    return recipes
+
+
+def test_suite_is_whole():
+    """A check that is added to the public suite is added here too."""
+    public = {name for name in testing.__all__ if name.startswith("check_")}
+    assert public == {check.__name__ for check in CHECKS} | {"check_world_size"}
+
+
+@pytest.mark.xdist_group("contract")
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", NAMES)
+def test_registered_methods_conform(name, check, make_bench):
+    check(make_bench(name))
+
+
+@pytest.mark.distributed
+@pytest.mark.xdist_group("contract")
+@pytest.mark.parametrize("algorithm", [*NAMES, bad.RowFacts])
+def test_registered_methods_ignore_world_size(algorithm, make_bench, worlds):
+    bench = make_bench(algorithm)
+    testing.compare_worlds(bench, worlds[bench.name], WORLD)
+
+
+@pytest.mark.distributed
+@pytest.mark.xdist_group("contract")
+def test_statistic_of_one_rank_is_caught(make_bench, worlds):
+    bench = make_bench(bad.StatisticOfOneRank)
+    with pytest.raises(AssertionError, match=r"weights of 2 processes and of one differ"):
+        testing.compare_worlds(bench, worlds[bench.name], WORLD)
+
+
+@pytest.mark.xdist_group("contract")
+@pytest.mark.parametrize(
+    ("algorithm", "check", "complaint"),
+    [
+        (bad.AveragesItsLoss, testing.check_micro_batches, "the gradient of micro-batch 1 differs"),
+        (bad.BatchStatisticInLoss, testing.check_micro_batches, "the gradient of micro-batch 1 differs"),
+        (bad.IgnoresTheMask, testing.check_micro_batches, "the gradient of micro-batch 1 differs"),
+        (bad.CountsByPosition, testing.check_order, "the gradient of seed 1 differs"),
+        (bad.AveragesItsMetric, testing.check_micro_batches, "longest is"),
+        (bad.MetricOfTheSplit, testing.check_micro_batches, "micro_batches is"),
+        (bad.ForgetsItsState, testing.check_resume, "the weights differ"),
+        (bad.DrawsAtRandom, testing.check_resume, "the weights differ"),
+        (bad.LearnsNothing, testing.check_overfits, "does not overfit 7 rows"),
+        (bad.ConfigMoves, testing.check_config, "a recipe changes when it is written and read again"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_broken_methods_are_caught(algorithm, check, complaint, make_bench):
+    bench = make_bench(algorithm)
+    with pytest.raises(AssertionError, match=re.escape(bench.name) + ".*" + re.escape(complaint)):
+        check(bench)
+
+
+def test_one_call_runs_every_check(monkeypatch, tmp_path):
+    """`assert_conforms` is the whole suite; one process fewer than two leaves out only the launch."""
+    ran = []
+    for check in [*CHECKS, testing.check_world_size]:
+        monkeypatch.setattr(testing, check.__name__, lambda *_, name=check.__name__: ran.append(name))
+    testing.assert_conforms("sft", folder=tmp_path)
+    assert ran == [check.__name__ for check in [*CHECKS, testing.check_world_size]]
+    ran.clear()
+    testing.assert_conforms(bad.RowFacts, folder=tmp_path, world_size=1)
+    assert ran == [check.__name__ for check in CHECKS]

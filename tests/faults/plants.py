@@ -1,0 +1,120 @@
+"""Faults, each planted in the process it is called in: deaths at a chosen point, broken numbers, signals."""
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from alignkit.loop import checkpoint
+from alignkit.loop.trainer import Trainer
+from alignkit.track.sinks import JsonlSink
+
+
+def die(_: object = None) -> None:
+    """As by `kill -9` or a power cut: no handler, no `finally`, no buffer flushed."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in_step(step: int) -> None:
+    """Die between the backward pass of this step and the move of the weights."""
+
+    def before_moving(trainer: Trainer) -> None:
+        move = trainer.dist.step
+
+        def moved() -> None:
+            if trainer.progress.step + 1 == step:
+                die()
+            move()
+
+        trainer.dist.step = moved  # type: ignore[method-assign]
+
+    _at_start(before_moving)
+
+
+def kill_in_checkpoint(step: int) -> None:
+    """Die when everything of this step's checkpoint is written and nothing is renamed yet."""
+    seal = checkpoint._seal
+
+    def dying(folder: Any) -> None:
+        seal(folder)
+        if folder.name.endswith(f"-{step}"):
+            die()
+
+    checkpoint._seal = dying
+
+
+def kill_in_model(step: int) -> None:
+    """Die half-way through a checkpoint: the state is written, the weights are cut short."""
+
+    def before_writing(trainer: Trainer) -> None:
+        write = trainer.write_model
+
+        def cut_short(folder: Any) -> None:
+            write(folder)
+            if folder.name.endswith(f"checkpoint-{step}"):
+                weights = next(folder.glob("*.safetensors"))
+                os.truncate(weights, weights.stat().st_size // 2)
+                die()
+
+        trainer.write_model = cut_short
+
+    _at_start(before_writing)
+
+
+def kill_in_record(step: int) -> None:
+    """Die with half of a line of metrics.jsonl written."""
+    log = JsonlSink.log
+
+    def half(self: JsonlSink, record: Any) -> None:
+        if self.path.name == "metrics.jsonl" and record["step"] >= step:
+            with self.path.open("ab") as file:
+                file.write(b'{"step": 3, "lo')
+            die()
+        log(self, record)
+
+    JsonlSink.log = half  # type: ignore[method-assign]
+
+
+def nan_in_weights(step: int) -> None:
+    """One weight turns to nan before this step, as faulty memory would have it."""
+
+    def spoil(trainer: Trainer) -> None:
+        with torch.no_grad():
+            dict(trainer.policy.bare.named_parameters())["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+
+    _before_step(step, spoil)
+
+
+def signal_in_step(step_and_numbers: tuple[int, list[int]]) -> None:
+    """The process receives these signals, one after the other, while it computes this step."""
+    step, numbers = step_and_numbers
+
+    def send(trainer: Trainer) -> None:
+        del trainer
+        for number in numbers:
+            os.kill(os.getpid(), number)
+
+    _before_step(step, send)
+
+
+def _at_start(act: Callable[[Trainer], None]) -> None:
+    run = Trainer.run
+
+    def acted(self: Trainer) -> None:
+        act(self)
+        run(self)
+
+    Trainer.run = acted  # type: ignore[method-assign]
+
+
+def _before_step(step: int, act: Callable[[Trainer], None]) -> None:
+    update = Trainer.update
+
+    def acted(self: Trainer, part: list[int]) -> None:
+        if self.progress.step + 1 == step:
+            act(self)
+        update(self, part)
+
+    Trainer.update = acted  # type: ignore[method-assign]
