@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from alignkit.core.contracts import Algorithm, with_loss
-from alignkit.core.errors import DataError, RecipeError
+from alignkit.core.errors import DataError, RecipeError, RunFailed
 from alignkit.core.registry import load_object, register
 from alignkit.core.rng import key
 from alignkit.core.types import Group, Unit
@@ -75,6 +75,7 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
     Raises:
         RecipeError: the recipe does not fit the model.
         DataError: the data is missing, unusable, or not what the algorithm needs.
+        RunFailed: the model's weights are broken.
     """
     folder = Path(recipe.output_dir)
     torch.manual_seed(key(recipe.seed, "start"))
@@ -89,6 +90,7 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
     bare = load_policy(recipe.model)
     check_context(bare, recipe.train.max_length)
     policy = CausalPolicy(bare.to(dist.device), dist)
+    _check_weights(policy, recipe.model.name_or_path)
     roster = _roster(recipe, policy, algorithm)
     optimizer = build_optimizer(policy.parameters(), recipe.train)
     policy.module = dist.prepare(bare, optimizer)
@@ -206,6 +208,16 @@ def _check_needs(groups: Sequence[Group], algorithm: Algorithm[Any], name: str, 
                 f"{where} ({report.path}): {name} needs the column {missing[0]!r}, row {group.id!r} has "
                 f"{', '.join(sorted(group.fields)) or 'no others'}; `fields: {{{missing[0]}: theirs}}` maps it."
             )
+
+
+def _check_weights(policy: CausalPolicy, path: str) -> None:
+    broken = policy.broken_weights()
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise RunFailed(
+            f"model.name_or_path: the weights in {path} hold nan or infinity: {', '.join(broken[:3])}{more}. Nothing "
+            "was trained; start from a whole copy, or from an earlier checkpoint of the run that wrote them."
+        )
 
 
 def _flat(sources: Sequence[Sequence[Group]]) -> list[Group]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
+from safetensors import SafetensorError
 
 import alignkit
 from alignkit.assemble import Assembled, assemble, build_sampler, write_model
@@ -25,7 +26,7 @@ from alignkit.core.types import Group, Message
 from alignkit.data.groups import load_groups
 from alignkit.data.shapes import BadRow, Example
 from alignkit.dist.engine import DistEngine, launched_rank
-from alignkit.loop.checkpoint import disk_problem
+from alignkit.loop.checkpoint import disk_problem, is_disk_problem
 from alignkit.models.load import DTYPES, load_policy, load_renderer
 from alignkit.models.policy import CausalPolicy
 from alignkit.recipe import Recipe, departures, dump_recipe, load_recipe
@@ -69,8 +70,8 @@ def train(
     dist = DistEngine(DTYPES[recipe.model.dtype])
     try:
         return _train(recipe, folder, dist, console, resume, report)
-    except OSError as error:
-        if error.errno is None:
+    except (OSError, SafetensorError) as error:
+        if not is_disk_problem(error):
             raise
         raise disk_problem(folder, error) from error
 
@@ -87,7 +88,7 @@ def resume(run_dir: str | Path, *, quiet: bool = False, report: bool = True) -> 
 def _train(recipe: Recipe, folder: Path, dist: DistEngine, console: Console, resuming: bool, report: bool) -> RunResult:
     run = assemble(recipe, dist, console)
     trainer = run.trainer
-    _restore(run, console, resuming)
+    _restore(run, folder, console, resuming)
     if dist.is_main:
         _write_facts(recipe, folder, run, dist.world.size)
     run.precompute(console)
@@ -168,6 +169,11 @@ def _claim_folder(folder: Path, recipe: Recipe, resuming: bool, overwrite: bool)
     if resolved.is_file() and resuming:
         _refuse_changes(load_recipe(resolved), recipe)
         return True
+    if not resolved.is_file() and any(folder.glob("checkpoint-*")):
+        raise RecipeError(
+            f"output_dir: {folder} holds checkpoints but no {RECIPE_FILE}: they are not of alignkit, and would be "
+            "rotated away. Choose another: output_dir=…"
+        )
     if resolved.is_file() and overwrite:
         for path in folder.iterdir():  # a run owns its folder
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -196,28 +202,43 @@ def _dotted(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.rstrip("."): tree}
 
 
-def _restore(run: Assembled, console: Console, resuming: bool) -> None:
+def _restore(run: Assembled, folder: Path, console: Console, resuming: bool) -> None:
     trainer = run.trainer
     path = trainer.checkpoints.newest_valid(lambda text: console.print(text, markup=False)) if resuming else None
     if path is None:
         for file in run.files:
             file.fresh()
+        trainer.checkpoints.drop_after(-1)
         return
+    _refuse_other_data(folder, run)
     trainer.checkpoints.load(path, *trainer.parts())
     trainer.policy.load(path)
+    trainer.checkpoints.drop_after(trainer.progress.step)
     console.print(f"continuing from {path}", markup=False)
+
+
+def _refuse_other_data(folder: Path, run: Assembled) -> None:
+    lock = json.loads((folder / "run.lock").read_text(encoding="utf-8"))
+    if lock["data_sha256"] != _data_sha256(run.groups):
+        raise DataError(
+            f"{', '.join(report.path for report in run.reports)}: these are not the rows this run began with (run.lock "
+            "has their hash), so its continuation would be another run. Put the data back, or start anew in another "
+            "output_dir."
+        )
+
+
+def _data_sha256(groups: Sequence[Group]) -> str:
+    rows = hashlib.sha256()
+    for group in groups:
+        rows.update(repr((group.prompt, [c.tokens for c in group.completions])).encode())
+    return rows.hexdigest()
 
 
 def _write_facts(recipe: Recipe, folder: Path, run: Assembled, world_size: int) -> None:
     """What was asked for and with what, before the first step."""
-    (folder / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
-    (folder / "departures.yaml").write_text(
-        yaml.safe_dump(departures(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
-    (folder / "data_report.json").write_text(json.dumps([r.to_json() for r in run.reports], indent=1), encoding="utf-8")
-    rows = hashlib.sha256()
-    for group in run.groups:
-        rows.update(repr((group.prompt, [c.tokens for c in group.completions])).encode())
+    _replace(folder / RECIPE_FILE, dump_recipe(recipe))
+    _replace(folder / "departures.yaml", yaml.safe_dump(departures(recipe), sort_keys=False, allow_unicode=True))
+    _replace(folder / "data_report.json", json.dumps([r.to_json() for r in run.reports], indent=1))
     lock = {
         "alignkit": alignkit.__version__,
         "python": platform.python_version(),
@@ -226,9 +247,31 @@ def _write_facts(recipe: Recipe, folder: Path, run: Assembled, world_size: int) 
         "world_size": world_size,
         "seed": recipe.seed,
         "recipe_sha256": hashlib.sha256(dump_recipe(recipe).encode()).hexdigest(),
-        "data_sha256": rows.hexdigest(),
+        "data_sha256": _data_sha256(run.groups),
     }
-    (folder / "run.lock").write_text(json.dumps(lock, indent=1) + "\n", encoding="utf-8")
+    _replace(folder / "run.lock", json.dumps(lock, indent=1) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all: a run resumed on a full disk must not lose its recipe."""
+    temporary = path.with_name(f".writing-{path.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _export(run: Assembled, folder: Path, dtype: torch.dtype) -> None:
+    """The finished model beside the run's files, whole or not at all: whoever finds a config finds the weights."""
+    temporary = folder / ".writing-model"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        write_model(run.trainer.policy, run.renderer, temporary, dtype)
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name.endswith("config.json")):
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _versions() -> dict[str, str]:
@@ -257,7 +300,7 @@ def _finish(recipe: Recipe, folder: Path, run: Assembled, with_report: bool) -> 
     report: Path | None = None
     if trainer.dist.is_main:
         # In the dtype the recipe computes in; checkpoints keep the float32 that training goes on from.
-        write_model(trainer.policy, run.renderer, folder, DTYPES[recipe.model.dtype])
+        _export(run, folder, DTYPES[recipe.model.dtype])
         for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             metrics |= json.loads(line)
         write_card(

@@ -160,7 +160,7 @@ def check_resume(bench: Bench) -> None:
     expected = digest(whole.folder), comparable_metrics(whole.folder)
     for step in range(1, whole.steps + 1):
         recipe = bench.recipe(f"killed-{step}", **settings)
-        with _killed_at(step):
+        with killed_at(step):
             try:
                 train(recipe, quiet=True, report=False)
             except Killed:
@@ -391,7 +391,8 @@ def _assert_close_metrics(
 
 
 @contextmanager
-def _killed_at(step: int) -> Iterator[None]:
+def killed_at(step: int) -> Iterator[None]:
+    """Raise `Killed` in place of optimizer step `step`."""
     original: Callable[[Trainer, list[int]], None] = Trainer.update
 
     def update(self: Trainer, part: list[int]) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,6 +107,56 @@ def test_every_public_name_is_there() -> None:
     assert all(value is not None for value in found.values())
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = alignkit.trian
+
+
+def test_a_run_on_local_files_opens_no_connection(tmp_path: Path) -> None:
+    """In a process where every attempt to leave the machine is an error, and nothing says that it is offline."""
+    program = """
+        import csv, socket, sys
+        from pathlib import Path
+
+        attempts = []
+
+        def refuse(*arguments, **_):
+            attempts.append(arguments)
+            raise OSError("no connection is allowed here")
+
+        for name in ("connect", "connect_ex", "sendto"):
+            setattr(socket.socket, name, refuse)
+        socket.getaddrinfo = refuse
+
+        from alignkit.algorithms.dpo import DPO
+        from alignkit.cli import main
+        from alignkit.testing import build_tiny_model, toy_rows
+
+        build_tiny_model(Path("model"))
+        with open("rows.csv", "w") as file:  # read by `datasets`, unlike JSON lines
+            writer = csv.DictWriter(file, ["id", "prompt", "chosen", "rejected"])
+            writer.writeheader()
+            writer.writerows(toy_rows(DPO, 4))
+        Path("r.yaml").write_text(
+            "output_dir: run\\nmodel: {name_or_path: model, lora: {}}\\ndata: [{path: rows.csv}]\\n"
+            "algorithm: {name: dpo}\\ntrain: {max_steps: 1, max_length: 64}\\n"
+            "eval: {data: [{path: rows.csv}], num_samples: 2, rewards: [{name: word_valence}]}\\n"
+        )
+        sys.argv = ["alignkit", "-q", "train", "r.yaml"]
+        try:
+            main()
+        finally:
+            assert not attempts, attempts
+    """
+    offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY")
+    environment = {name: value for name, value in os.environ.items() if name not in offline}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=tmp_path,
+        env={**environment, "ALIGNKIT_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 @pytest.mark.parametrize("name", built_in_algorithms())

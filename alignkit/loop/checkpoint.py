@@ -114,7 +114,7 @@ class Checkpoints:
         """
         if self._world.rank == 0:
             newer = [self._folder / f"checkpoint-{later}" for later in self.steps() if later > step]
-            for path in [*newer, *self._folder.glob(".writing-*")]:
+            for path in [*newer, *self._folder.glob(".writing-checkpoint-*")]:
                 shutil.rmtree(path)
         self._world.barrier()
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alignkit.core.errors import RunFailed
 from alignkit.core.types import Batch, Row, Unit
@@ -33,7 +32,8 @@ def check_rows(policy: CausalPolicy, units: Sequence[Unit], dtype: torch.dtype) 
     with torch.no_grad():
         ours = policy.forward(batch, frozenset({"logps"})).logps.cpu()
     for i, row in enumerate(rows):
-        plain = _plain_logps(policy, row)
+        table = _plain_table(policy, row)
+        plain = _logps(table, row, shift=1)
         trained = torch.tensor(row.trained)
         difference = (ours[i, : len(row.tokens)] - plain).abs().where(trained, 0.0)
         worst = float(difference.max())
@@ -41,8 +41,8 @@ def check_rows(policy: CausalPolicy, units: Sequence[Unit], dtype: torch.dtype) 
             raise RunFailed(
                 f"step-0 truth: the training path gives other log-probabilities than plain transformers for a row of "
                 f"group {row.group!r}: they differ by {worst:.3g} nats at token {int(difference.argmax())} (allowed "
-                f"{TOLERANCE[dtype]:g}). {_cause(policy, ours[i, : len(row.tokens)], plain, trained)} Nothing was "
-                "trained. `train.step0_checks: false` skips this check."
+                f"{TOLERANCE[dtype]:g}). {_cause(policy, batch, i, ours[i, : len(row.tokens)], table, row)} Nothing "
+                "was trained. `train.step0_checks: false` skips this check."
             )
 
 
@@ -85,25 +85,42 @@ def _three(rows: list[Row]) -> list[Row]:
     return [by_length[i] for i in sorted({0, len(by_length) // 2, len(by_length) - 1})] if by_length else []
 
 
-def _plain_logps(policy: CausalPolicy, row: Row) -> Tensor:
+def _plain_table(policy: CausalPolicy, row: Row) -> Tensor:
+    """log p of every token after every position, [T, V]."""
     ids = torch.tensor([row.tokens], device=policy.dist.device)
     with policy.evaluating(), policy.dist.autocast():
-        logits = policy.bare(input_ids=ids).logits[0]
-    table = logits.float().log_softmax(-1).cpu()
-    plain = torch.zeros(len(row.tokens))
-    for t in range(1, len(row.tokens)):
-        plain[t] = table[t - 1, row.tokens[t]]
-    return plain
+        logits: Tensor = policy.bare(input_ids=ids).logits[0]
+    return logits.float().log_softmax(-1).cpu()
 
 
-def _cause(policy: CausalPolicy, ours: Tensor, plain: Tensor, trained: Tensor) -> str:
+def _logps(table: Tensor, row: Row, shift: int) -> Tensor:
+    """log p of each token as predicted `shift` positions before it, [T]; 0 where nothing is. Right is 1."""
+    found = torch.zeros(len(row.tokens))
+    for t in range(shift, len(row.tokens)):
+        found[t] = table[t - shift, row.tokens[t]]
+    return found
+
+
+def _cause(policy: CausalPolicy, batch: Batch, i: int, ours: Tensor, table: Tensor, row: Row) -> str:
     broken = policy.broken_weights()
     if broken:
         return f"Probable cause: nan or infinity in the weights ({', '.join(broken[:3])})."
-    noisy: list[Any] = [m for m in policy.bare.modules() if isinstance(m, nn.Dropout) and m.p > 0]
-    if noisy:
-        return "Probable cause: dropout is on."
+    trained, plain = torch.tensor(row.trained), _logps(table, row, shift=1)
+    with policy.evaluating():
+        calm = policy.forward(batch, frozenset({"logps"})).logps[i, : len(row.tokens)].cpu()
+    if _alike(calm, plain, trained):
+        return "Probable cause: dropout is on (the difference is gone in eval mode)."
     inside = trained[1:] & trained[:-1]
-    if bool(inside.any()) and float((ours[1:] - plain[:-1]).abs().where(inside, 0.0).max()) < 1e-3:
+    shifted = [
+        _alike(ours, _logps(table, row, shift=0), trained),
+        _alike(ours[2:], _logps(table, row, shift=2)[2:], trained[2:]),
+        _alike(ours[1:], plain[:-1], inside),
+        _alike(ours[:-1], plain[1:], inside),
+    ]
+    if any(shifted):
         return "Probable cause: labels are shifted by one token."
     return "Probable cause: padding that is not masked, or position ids that do not start at 0."
+
+
+def _alike(a: Tensor, b: Tensor, where: Tensor) -> bool:
+    return bool(where.any()) and float((a - b).abs().where(where, 0.0).max()) < 1e-3

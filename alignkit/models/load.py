@@ -153,6 +153,7 @@ def load_policy(config: ModelConfig) -> Any:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+            model.requires_grad_(True)  # peft froze it
     else:
         model = _with_adapter(model, config, adapter)
     if config.gradient_checkpointing:

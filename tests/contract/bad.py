@@ -18,18 +18,18 @@ def reweighted(result, factor):
     return {n: Term(t.value * factor, t.over, t.weight) for n, t in terms.items()}, metrics
 
 
-class AveragesItsLoss(DPO):
+class AveragesItsLoss(SFT):
     """Divides by the units it was handed; with several micro-batches that is not the optimizer batch."""
 
     def loss(self, out, batch):
         return reweighted(super().loss(out, batch), 1 / batch["unit"].sum())
 
 
-class BatchStatisticInLoss(DPO):
+class BatchStatisticInLoss(SFT):
     """Normalises by a mean over the micro-batch, which belongs into `annotate`."""
 
     def loss(self, out, batch):
-        lengths = batch.by_unit(batch["mask"].sum(-1)).sum(1).float()
+        lengths = batch["mask"].sum(-1, keepdim=True).float()
         return reweighted(super().loss(out, batch), lengths / lengths.mean())
 
 

@@ -61,7 +61,7 @@ class Runs:
 
     def resume(self, name: str, plant: Plant | None = None) -> tuple[int, str]:
         """Exit code and output of `alignkit resume`."""
-        return alignkit("resume", self[name], said=self[f"{name}.resumed.log"], plant=plant)
+        return alignkit("resume", self[name], said=self[f"{Path(name).name}.resumed.log"], plant=plant)
 
     def resume_to(self, name: str, whole: Path) -> str:
         """Resume the run to its end and compare it with an unbroken one; its output."""

@@ -1,8 +1,10 @@
 """Faults, each planted in the process it is called in: deaths at a chosen point, broken numbers, signals."""
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,12 +81,12 @@ def kill_in_record(step: int) -> None:
 
 def nan_in_weights(step: int) -> None:
     """One weight turns to nan before this step, as faulty memory would have it."""
+    _before_step(step, lambda trainer: _spoil(trainer, "up_proj.weight"))
 
-    def spoil(trainer: Trainer) -> None:
-        with torch.no_grad():
-            dict(trainer.policy.bare.named_parameters())["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
 
-    _before_step(step, spoil)
+def nan_in_adapter(step: int) -> None:
+    """The same in a low-rank factor."""
+    _before_step(step, lambda trainer: _spoil(trainer, "up_proj.lora_B.default.weight"))
 
 
 def signal_in_step(step_and_numbers: tuple[int, list[int]]) -> None:
@@ -97,6 +99,35 @@ def signal_in_step(step_and_numbers: tuple[int, list[int]]) -> None:
             os.kill(os.getpid(), number)
 
     _before_step(step, send)
+
+
+def fill(folder: Path, spare_kib: int) -> None:
+    """Put a file into the folder that leaves so much of its disk free."""
+    rest = shutil.disk_usage(folder).free - 1024 * spare_kib
+    (folder / "ballast").write_bytes(bytes(max(0, rest)))
+
+
+def fill_disk(step: int) -> None:
+    """Something else fills the disk of the run before this step."""
+    _before_step(step, lambda trainer: fill(trainer.folder, 0))
+
+
+def fill_disk_before_export(spare_kib: int) -> None:
+    """The disk fills up between the last checkpoint and the finished model, but for a little."""
+    run = Trainer.run
+
+    def filled(self: Trainer) -> None:
+        run(self)
+        fill(self.folder, spare_kib)
+
+    Trainer.run = filled  # type: ignore[method-assign]
+
+
+def _spoil(trainer: Trainer, name: str) -> None:
+    weights = dict(trainer.policy.bare.named_parameters())
+    (found,) = [key for key in weights if "layers.1.mlp" in key and key.endswith(name)]
+    with torch.no_grad():
+        weights[found][3, 2] = float("nan")
 
 
 def _at_start(act: Callable[[Trainer], None]) -> None:

@@ -1,0 +1,132 @@
+"""Adapters: the reference is the adapter off, or the adapter the run began with; what is exported is plain peft."""
+
+import json
+from math import log
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from alignkit.core.errors import RecipeError
+from alignkit.data.collate import collate
+from alignkit.models.load import REFERENCE_ADAPTER
+from alignkit.run import train
+from alignkit.testing import read_metrics
+from tests.models.workshop import LORA, assembled, plain_logits
+
+LOGPS = frozenset({"logps"})
+
+
+@pytest.fixture(scope="module")
+def first(workshop):
+    """The folder of a finished LoRA run."""
+    return train(workshop.recipe("first", model={"lora": LORA}), quiet=True, report=False).folder
+
+
+def load_with_peft(workshop, folder):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(workshop.model), folder)
+
+
+def first_loss(folder):
+    return read_metrics(folder)[0]["loss"]
+
+
+def first_batch(run):
+    return collate(run.trainer.algorithm.build(run.groups))
+
+
+def test_reference_is_the_adapter_off(workshop, first):
+    assert first_loss(first) == pytest.approx(log(2), abs=1e-6)
+    assert read_metrics(first)[-1]["loss"] < 0.6  # it did learn
+
+
+def test_only_the_adapter_trains_and_is_saved(workshop, first):
+    run = assembled(workshop.recipe("parts", model={"lora": LORA}))
+    names = {name for name, p in run.trainer.policy.bare.named_parameters() if p.requires_grad}
+    run.close()
+    assert names
+    assert all("lora_" in name for name in names)
+    saved = load_file(first / "adapter_model.safetensors")
+    assert len(saved) == len(names)
+    assert all("lora_" in name for name in saved)
+    assert not (first / "model.safetensors").exists()
+
+
+def test_exported_folder_loads_with_plain_peft(workshop, first):
+    """Trained weights in memory and what peft loads give the same logits, and other ones than the start model."""
+    recipe = workshop.recipe("again", model={"lora": LORA})
+    run = assembled(recipe)
+    run.precompute(_quiet())
+    for file in run.files:
+        file.fresh()
+    run.trainer.run()
+    run.close()
+    ours = plain_logits(run.trainer.policy.bare)
+    loaded = load_with_peft(workshop, first)
+    torch.testing.assert_close(plain_logits(loaded), ours, rtol=0, atol=1e-6)
+    with loaded.disable_adapter():
+        assert (plain_logits(loaded) - ours).abs().max() > 1e-3
+
+
+def test_adapter_goes_on_training_against_its_frozen_self(workshop, first):
+    start = plain_logits(load_with_peft(workshop, first))
+    recipe = workshop.recipe("second", model={"name_or_path": str(first), "lora": LORA})
+    run = assembled(recipe)
+    policy, batch = run.trainer.policy, first_batch(run)
+    before = run.trainer.roster.fill(batch, {"reference.logps"})["reference.logps"]
+    frozen = {n: p.clone() for n, p in policy.bare.named_parameters() if f".{REFERENCE_ADAPTER}." in n}
+    assert frozen
+    trained = {n for n, p in policy.bare.named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in policy.bare.named_parameters() if ".default." in n}
+    run.precompute(_quiet())
+    for file in run.files:
+        file.fresh()
+    run.trainer.run()
+    run.close()
+
+    folder = workshop.folder / "second"
+    assert first_loss(folder) == pytest.approx(log(2), abs=1e-6)
+    assert read_metrics(folder)[-1]["loss"] < first_loss(folder) - 0.05
+    for name, parameter in policy.bare.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name])
+            assert not parameter.requires_grad
+    with policy.evaluating(), policy.as_reference():
+        after = policy.forward(batch, LOGPS).logps
+        torch.testing.assert_close(plain_logits(policy.bare), start, rtol=0, atol=1e-6)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+    assert {n for n, p in policy.bare.named_parameters() if p.requires_grad} == trained
+
+    exported = folder / "checkpoint-3"
+    assert not (exported / REFERENCE_ADAPTER).exists()
+    policy.bare.set_adapter("default")
+    torch.testing.assert_close(
+        plain_logits(load_with_peft(workshop, exported)), plain_logits(policy.bare), rtol=0, atol=1e-6
+    )
+
+
+def test_adapter_of_another_shape_is_refused(workshop, first):
+    recipe = workshop.recipe("shape", model={"name_or_path": str(first), "lora": {"r": 8, "alpha": 8}})
+    with pytest.raises(RecipeError, match=r"has r=4, alpha=8.*r=8, alpha=8.*lora: null"):
+        train(recipe, quiet=True, report=False)
+
+
+def test_adapter_without_lora_is_merged_and_trained_in_full(workshop, first):
+    expected = plain_logits(load_with_peft(workshop, first))
+    recipe = workshop.recipe("merged", model={"name_or_path": str(first)})
+    run = assembled(recipe)
+    run.close()
+    assert not run.trainer.policy.is_peft
+    torch.testing.assert_close(plain_logits(run.trainer.policy.bare), expected, rtol=0, atol=1e-5)
+    result = train(recipe, quiet=True, report=False)
+    assert first_loss(result.folder) == pytest.approx(log(2), abs=1e-6)
+    assert json.loads((result.folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+def _quiet():
+    from rich.console import Console
+
+    return Console(quiet=True)
