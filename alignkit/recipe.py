@@ -280,6 +280,10 @@ def _check_needs(root: Block, algorithm: Registered, mistakes: Mistakes) -> None
             if name not in used:
                 hint = did_you_mean(name, used) or (f"it uses {', '.join(used)}" if used else "it uses none; remove it")
                 mistakes.add(entry.place, f"models.{name}", f"{algorithm.name} uses no model {name!r}; {hint}")
+    rewards = root.entries.get("rewards")
+    if rewards is not None and not needs.rewards and isinstance(rewards.node, Items) and rewards.node.nodes:
+        text = f"{algorithm.name} learns from given completions, which nothing scores; to score samples: eval.rewards"
+        mistakes.add(rewards.place, "rewards", text)
     data = root.entries.get("data")
     for number, node in enumerate(data.node.nodes if data is not None and isinstance(data.node, Items) else ()):
         given = node.entries.get("format") if isinstance(node, Block) else None

@@ -69,6 +69,8 @@ imports: [json]
 env: {ALIGNKIT_TEST: "1"}
 """
 
+SAMPLED = {"data": [{"path": "x"}], "num_samples": 2}
+
 
 @pytest.fixture(autouse=True)
 def _own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -125,14 +127,17 @@ def test_written_recipe_reloads_equal(source: str) -> None:
 def test_awkward_text_survives_writing(text: str) -> None:
     mapping = changed(
         env={"AWKWARD": text.replace("\0", "")},
-        rewards=[{"name": "word_valence", "args": {"free": text, "list": [text, 1e-6, None, True, 3]}}],
+        eval={
+            **SAMPLED,
+            "rewards": [{"name": "word_valence", "args": {"free": text, "list": [text, 1e-6, None, True]}}],
+        },
         model={"name_or_path": text, "revision": text},
     )
     recipe = load_recipe(mapping)
     again = load_recipe(write("again.yaml", dump_recipe(recipe)))
     assert again == recipe
     assert again.model.revision == text
-    assert again.rewards[0].args == {"free": text, "list": [text, 1e-6, None, True, 3]}
+    assert again.eval.rewards[0].args == {"free": text, "list": [text, 1e-6, None, True]}
 
 
 def test_departures_are_what_differs_from_the_defaults() -> None:
@@ -279,9 +284,6 @@ def test_unknown_keys_are_told_what_they_are_called_here(line: str, said: str) -
     assert "unknown key; " + said in told
 
 
-SAMPLED = {"data": [{"path": "x"}], "num_samples": 2}
-
-
 @pytest.mark.parametrize(
     ("blocks", "where", "said"),
     [
@@ -290,7 +292,8 @@ SAMPLED = {"data": [{"path": "x"}], "num_samples": 2}
         ({"algorithm": "dpo"}, "algorithm", "got the text 'dpo', expected a mapping with the keys name, loss"),
         ({"algorithm": {"name": 3}}, "algorithm.name", "expected the name of an algorithm"),
         ({"algorithm": {"name": "no_such_mod:X"}}, "algorithm.name", "there is no module 'no_such_mod'"),
-        ({"rewards": [{"name": "word_valance"}]}, "rewards.0.name", "did you mean 'word_valence'?"),
+        ({"eval": {**SAMPLED, "rewards": [{"name": "word_valance"}]}}, "eval.rewards.0.name", "mean 'word_valence'?"),
+        ({"rewards": [{"name": "length"}]}, "rewards", "dpo learns from given completions, which nothing scores"),
         ({"eval": {**SAMPLED, "rewards": [{"name": "nothing"}]}}, "eval.rewards.0.name", "unknown reward 'nothing'"),
         ({"eval": {"num_samples": 4}}, "eval", "num_samples draws from held-out prompts: give `data`"),
         ({"eval": {"rewards": [{"name": "length"}]}}, "eval", "`rewards` score samples, and num_samples is 0"),

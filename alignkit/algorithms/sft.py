@@ -1,7 +1,7 @@
 """Supervised fine-tuning: the token mean of −log π(completion | prompt) over the whole optimizer batch.
 
 Deviations: none to speak of; every trained token of the batch has the same weight, whatever row or rank it lies in.
-Any data will do: of a preference pair or a ranked list it learns the best completion.
+Any data will do: of a preference pair or a ranked list it learns the best completion; rows labelled false it leaves.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class SFT(Algorithm[SFTConfig]):
     """Maximum likelihood on one completion a prompt."""
 
     def build(self, groups: list[Group]) -> list[Unit]:
-        return [best_worst(group)[:1] for group in groups]
+        return [best_worst(group)[:1] for group in groups if group.fields.get("label", True)]
 
     def loss(self, out: Forward, batch: Batch) -> tuple[Terms, Metrics]:
         lengths = batch["mask"].sum(-1).to(out.logps.dtype)

@@ -55,7 +55,8 @@ class Needs:
 
     `completions`: at least so many per group. `columns`: no-grad columns `<model>.<output>` to fill before `annotate`
     (`reference.logps`). `outputs`: fields of `Forward` the loss reads. `fields`: dataset columns `build` reads.
-    `preferences`: completions must be ordered by their reward, as chosen and rejected are.
+    `preferences`: completions must be ordered by their reward, as chosen and rejected are. `rewards`: the recipe's
+    `rewards` score the completions of every round; without it a recipe that has some is refused.
     """
 
     completions: int = 1
@@ -63,6 +64,7 @@ class Needs:
     outputs: frozenset[str] = frozenset({"logps"})
     fields: frozenset[str] = frozenset()
     preferences: bool = False
+    rewards: bool = False
 
 
 class Algorithm(ABC, Generic[ConfigT]):

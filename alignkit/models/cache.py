@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -100,12 +101,7 @@ class LogpsCache:
             self._write(path, keys, flat, progress)
 
     def _read(self, path: Path, keys: list[bytes]) -> bool:
-        stored: dict[str, Tensor] = {}
-        if path.is_file():
-            try:
-                stored = load_file(path)
-            except SafetensorError:  # cut short by a crash: score again and overwrite it
-                stored = {}
+        stored = _load(path)
         if not all(self._world.gather(bool(stored))):
             return False
         lengths, values = stored["lengths"].tolist(), stored["logps"]
@@ -118,8 +114,27 @@ class LogpsCache:
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"lengths": lengths, "logps": flat}, temporary)
+            save_file({"lengths": lengths, "logps": flat, "checksum": _checksum(lengths, flat)}, temporary)
             temporary.replace(path)
         except (OSError, SafetensorError) as error:  # the numbers are in memory; only the next run pays
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             progress(f"reference log-probabilities were not kept in {path.parent}: {error}")
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    """The tensors of a cache file; none where it is missing, unreadable or damaged, so that it is scored again."""
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError):
+        return {}
+    if stored.keys() != {"lengths", "logps", "checksum"}:  # another version of this program wrote it
+        return {}
+    intact = torch.equal(stored["checksum"], _checksum(stored["lengths"], stored["logps"]))
+    return stored if intact else {}
+
+
+def _checksum(lengths: Tensor, logps: Tensor) -> Tensor:
+    """sha256 of the values [32]: safetensors notices a short file, not a flipped bit."""
+    digest = hashlib.sha256(lengths.numpy().tobytes() + logps.numpy().tobytes()).digest()
+    return torch.tensor(list(digest), dtype=torch.uint8)

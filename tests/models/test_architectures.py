@@ -91,7 +91,7 @@ def test_family_trains_and_keeps_its_config(workshop, start):
 
 @pytest.mark.parametrize("start", ["GPT2", "Gemma2", "Mixtral"], indirect=True)
 def test_gradient_does_not_depend_on_padding(workshop, start):
-    """One unit a forward against all in one, so that short rows stand alone in one and beside long ones in the other."""
+    """One unit a forward against all in one, where short rows are padded to the longest."""
     family, folder = start
     found = [
         gradient_step(

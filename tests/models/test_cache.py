@@ -1,13 +1,15 @@
 """Reference log-probabilities on disk: found again for the same model and rows, and never for others."""
 
 import gc
+import io
+import json
 import shutil
 import weakref
 
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from transformers import AutoTokenizer
 
 from alignkit.core.types import Row
@@ -43,7 +45,7 @@ def said(recipe) -> str:
     """What precomputing prints."""
     run = assembled(recipe)
     run.close()
-    console = Console(record=True, width=400, quiet=False, file=open("/dev/null", "w"))
+    console = Console(record=True, width=400, file=io.StringIO())
     run.precompute(console)
     return console.export_text()
 
@@ -72,8 +74,6 @@ def write_a_template(workshop: Workshop) -> dict:
     text = workshop.data.read_text()
     for name in ("prompt", "chosen", "rejected"):
         role = "user" if name == "prompt" else "assistant"
-        import json
-
         rows = [json.loads(line) for line in text.splitlines()]
         text = "".join(json.dumps({**row, name: [{"role": role, "content": row[name]}]}) + "\n" for row in rows)
     workshop.data.write_text(text)
@@ -109,7 +109,11 @@ def test_corrupted_file_is_scored_again_and_repaired(workshop, own_cache, forwar
     said(workshop.recipe("whole"))
     (path,) = own_cache.glob("*.safetensors")
     good = path.read_bytes()
-    for bad in (good[:-20], b"", b"\xff" * 64):
+    flipped = bytearray(good)
+    flipped[-36] ^= 1  # in the last number: the 32 bytes behind it are the checksum
+    tensors = load(good)
+    del tensors["checksum"]
+    for bad in (good[:-20], b"", b"\xff" * 64, bytes(flipped), save(tensors)):
         path.write_bytes(bad)
         forwards.clear()
         assert SCORED in said(workshop.recipe("bad"))
