@@ -135,7 +135,7 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
             samples=files[1] if files else None,
         ),
         write_model=partial(write_model, policy, renderer),
-        starts_at_reference=_starts_at_reference(recipe, algorithm),
+        starts_at_reference=_starts_at_reference(recipe, algorithm, policy),
     )
     return Assembled(trainer, renderer, [*groups, *held_out], len(groups), reports, files)
 
@@ -266,8 +266,7 @@ def _other_model(model: ModelConfig, config: RosterModelConfig, policy: CausalPo
     return FrozenModel(lambda: CausalPolicy(load_policy(frozen).to(policy.dist.device), policy.dist))
 
 
-def _starts_at_reference(recipe: Recipe, algorithm: Algorithm[Any]) -> bool:
+def _starts_at_reference(recipe: Recipe, algorithm: Algorithm[Any], policy: CausalPolicy) -> bool:
     uses = "reference.logps" in algorithm.needs.columns
     source = recipe.models["reference"].source if "reference" in recipe.models else "policy"
-    noisy = recipe.model.lora is not None and recipe.model.lora.dropout > 0
-    return uses and source == "policy" and not noisy
+    return uses and source == "policy" and not policy.is_noisy

@@ -386,8 +386,7 @@ def _assert_close_metrics(
             assert name in got.keys() & want.keys(), f"{bench.name}: {name} is logged by only one of the runs ({label})"
             # before the first step margins are differences of equal numbers: rounding is all there is
             close = abs(got[name] - want[name]) <= tolerance * max(1.0, abs(want[name]))
-            if name != "rewards/accuracies":
-                assert close, f"{bench.name}: {name} is {got[name]!r} with {label}, {want[name]!r} without"
+            assert close, f"{bench.name}: {name} is {got[name]!r} with {label}, {want[name]!r} without"
 
 
 @contextmanager

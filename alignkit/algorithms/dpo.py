@@ -56,7 +56,7 @@ class DPO(Algorithm[DPOConfig]):
         chosen, rejected = batch.by_unit(ops.sequence_sum(out.logps, mask)).unbind(1)
         ref_chosen, ref_rejected = batch.by_unit(ops.sequence_sum(batch["reference.logps"], mask)).unbind(1)
         value = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, self.config.label_smoothing)
-        metrics = pair_metrics(batch, chosen, rejected, beta * (chosen - ref_chosen), beta * (rejected - ref_rejected))
+        metrics = pair_metrics(batch, chosen, rejected, ref_chosen, ref_rejected, beta)
         return {"policy": Term(value, over="unit")}, metrics
 
     def at_reference(self) -> Mapping[str, float]:

@@ -18,20 +18,30 @@ def best_worst(group: Group) -> Unit:
     return (group.row(best), group.row(worst))
 
 
-def pair_metrics(batch: Batch, chosen: Tensor, rejected: Tensor, reward_w: Tensor, reward_l: Tensor) -> Metrics:
-    """The metrics every paired method logs.
+def pair_metrics(
+    batch: Batch, chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float | Tensor
+) -> Metrics:
+    """The metrics every paired method logs; the implicit reward of a completion is β·(policy − reference).
 
-    Args: `chosen`, `rejected` [U] summed log-probabilities in nats; `reward_w`, `reward_l` [U] implicit rewards, β·Δ.
-    A tie counts as a miss in `rewards/accuracies`.
+    Args: [U] summed log-probabilities in nats each, zeros for the reference where there is none.
+
+    A tie counts as a miss in `rewards/accuracies`, and so does a margin that is only rounding of the sums: before the
+    first step all pairs are tied, however the reference's forward was batched.
     """
     unit = batch["unit"]
     lengths = batch["mask"].sum(-1)
+    reward_w, reward_l = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+    rounding = 4 * _EPSILON[chosen.element_size()] * beta * (ref_chosen.abs() + ref_rejected.abs())
     return {
         "rewards/chosen": Metric.mean(reward_w, unit),
         "rewards/rejected": Metric.mean(reward_l, unit),
         "rewards/margins": Metric.mean(reward_w - reward_l, unit),
-        "rewards/accuracies": Metric.mean((reward_w > reward_l).to(reward_w.dtype), unit),
+        "rewards/accuracies": Metric.mean((reward_w - reward_l > rounding).to(reward_w.dtype), unit),
         "logps/chosen": Metric.mean(chosen, unit),
         "logps/rejected": Metric.mean(rejected, unit),
         "completions/mean_length": Metric.mean(lengths.to(chosen.dtype), batch["row"]),
     }
+
+
+_EPSILON = {4: 2.0**-23, 8: 2.0**-52}
+"""Bytes of a float → its spacing at 1; log-probabilities are never kept in less than float32."""

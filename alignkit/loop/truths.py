@@ -20,7 +20,7 @@ def check_rows(policy: CausalPolicy, units: Sequence[Unit], dtype: torch.dtype) 
     """Three rows alone, unpadded, through plain transformers give the log-probabilities of the training path.
 
     Catches what losses cannot show: padding that counts, labels shifted by one, leaks between packed rows, wrong
-    position ids, dropout left on.
+    position ids, dropout left on (but for adapter dropout, which was asked for).
 
     Raises:
         RunFailed: naming the row, the difference and the probable cause.
@@ -29,7 +29,7 @@ def check_rows(policy: CausalPolicy, units: Sequence[Unit], dtype: torch.dtype) 
     if not rows:
         return
     batch = collate([(row,) for row in rows])
-    with torch.no_grad():
+    with policy.evaluating() if policy.is_noisy else torch.no_grad():
         ours = policy.forward(batch, frozenset({"logps"})).logps.cpu()
     for i, row in enumerate(rows):
         table = _plain_table(policy, row)

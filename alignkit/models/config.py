@@ -25,7 +25,8 @@ class ModelConfig(Config):
     revision: str | None = Field(None, description="hub revision")
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16",
-        description="of the computation. bfloat16: autocast over float32 weights (frozen weights under LoRA are bf16)",
+        description="of the computation and of the finished model. bfloat16: autocast over float32 weights (frozen "
+        "weights under LoRA are bf16)",
     )
     lora: LoraConfig | None = Field(None, description="null = train all weights")
     chat_template: str | None = Field(None, description="a jinja file that replaces the tokenizer's template")

@@ -189,18 +189,8 @@ def _with_adapter(model: Any, config: ModelConfig, adapter: str | None) -> Any:
         )
     wrapped = PeftModel.from_pretrained(model, adapter, adapter_name=POLICY_ADAPTER, is_trainable=True)
     wrapped.load_adapter(adapter, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
-    wrapped.set_adapter(POLICY_ADAPTER)
-    freeze_reference_adapter(wrapped)
+    wrapped.set_adapter(POLICY_ADAPTER)  # the active adapter trains, and no other
     return wrapped
-
-
-def freeze_reference_adapter(model: nn.Module) -> None:
-    """Only the policy's adapter trains: peft makes whichever adapter was loaded or activated last trainable."""
-    for name, parameter in model.named_parameters():
-        if f".{REFERENCE_ADAPTER}." in name:
-            parameter.requires_grad_(False)
-        elif f".{POLICY_ADAPTER}." in name:
-            parameter.requires_grad_(True)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -36,6 +36,11 @@ class CausalPolicy:
         """Whether only adapters train."""
         return hasattr(self.bare, "peft_config")
 
+    @property
+    def is_noisy(self) -> bool:
+        """Whether adapter dropout, which a recipe may ask for, makes training forwards random."""
+        return self.is_peft and self.bare.peft_config[POLICY_ADAPTER].lora_dropout > 0
+
     def parameters(self) -> list[nn.Parameter]:
         """What trains."""
         return [p for p in self.bare.parameters() if p.requires_grad]
@@ -74,14 +79,11 @@ class CausalPolicy:
             with self.bare.disable_adapter():
                 yield
             return
-        trains = {name: p.requires_grad for name, p in self.bare.named_parameters()}
         self.bare.set_adapter(REFERENCE_ADAPTER)
         try:
             yield
         finally:
-            self.bare.set_adapter(POLICY_ADAPTER)
-            for name, parameter in self.bare.named_parameters():  # peft makes the active adapter trainable
-                parameter.requires_grad_(trains[name])
+            self.bare.set_adapter(POLICY_ADAPTER)  # the active adapter trains, and no other
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -51,7 +51,7 @@ class Launched:
         for name, part in (("train", rows[:NUM_PAIRS]), ("held_out", rows[NUM_PAIRS:])):
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
 
-    def recipe(self, run: str, algorithm: str = "dpo", lora=None, eval=None, **training):
+    def recipe(self, run: str, algorithm: str = "dpo", lora=None, eval=None, start=None, **training):
         defaults = {
             "num_epochs": 10,
             "max_steps": 10,
@@ -65,7 +65,7 @@ class Launched:
         return load_recipe(
             {
                 "output_dir": str(self.folder / run),
-                "model": {"name_or_path": str(self.model), "dtype": "float32", "lora": lora},
+                "model": {"name_or_path": str(start or self.model), "dtype": "float32", "lora": lora},
                 "data": [{"path": str(self.folder / "train.jsonl")}],
                 "algorithm": {"name": algorithm},
                 "train": {**defaults, **training},
@@ -85,6 +85,7 @@ class Launched:
             "full": self.recipe("full"),
             "killed": self.recipe("killed"),
             "lora": self.recipe("lora", lora=LORA, max_steps=5),
+            "lora-on": self.recipe("lora-on", lora=LORA, start=self.folder / "lora", max_steps=4),
             "lora-killed": self.recipe("lora-killed", lora=LORA, max_steps=5, save_steps=1),
             "eval": self.recipe("eval", max_steps=4, eval=held_out),
             "sft": self.recipe("sft", "sft", max_steps=5),
@@ -127,7 +128,7 @@ def assert_same_metrics(found: Path, expected: Path) -> None:
 
 
 def test_every_rank_ran_in_a_world_of_two(launched):
-    for name in ("full", "lora", "eval", "resumed", "sft"):
+    for name in ("full", "lora", "lora-on", "eval", "resumed", "sft"):
         assert [seen["world"] for seen in launched.seen(name)] == [2, 2]
 
 
@@ -138,7 +139,7 @@ def test_every_rank_returns_the_same_result(launched):
     assert "loss" in first["metrics"]
 
 
-@pytest.mark.parametrize("name", ["full", "lora", "sft", "eval"])
+@pytest.mark.parametrize("name", ["full", "lora", "lora-on", "sft", "eval"])
 def test_two_processes_train_as_one(launched, name):
     alone = launched.alone(name)
     assert weight_difference(launched.folder / name, alone) <= 1e-6

@@ -55,7 +55,7 @@ def main(task: str, folder: Path) -> None:
         with signalled(6, signal.SIGKILL, (0, 1)):
             run("killed", folder)
 
-    for name in ("full", "lora", "eval"):
+    for name in ("full", "lora", "lora-on", "eval"):
         result = run(name, folder)
         write_seen(folder, name, steps=result.steps, metrics=result.metrics)
 

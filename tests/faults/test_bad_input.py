@@ -12,6 +12,8 @@ from tests.faults import plants
 from tests.faults.bench import Runs, Whole, checkpoints
 from tests.faults.process import alignkit
 
+pytestmark = pytest.mark.xdist_group("faults-input")
+
 PAIR = {"prompt": "say", "chosen": "YES", "rejected": "no"}
 
 

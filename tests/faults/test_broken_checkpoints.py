@@ -1,13 +1,15 @@
 """A checkpoint that is not whole is passed over, said so, and replaced; the one before it is used."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.faults import plants
 from tests.faults.bench import STEPS, Runs, Whole, assert_equal_runs, checkpoints
+
+pytestmark = pytest.mark.xdist_group("faults-checkpoints")
 
 
 def truncate(checkpoint: Path) -> None:
@@ -53,8 +55,8 @@ def killed(runs: Runs) -> Path:
 
 
 @pytest.fixture
-def run(runs: Runs, killed: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    yield shutil.copytree(killed, runs[request.node.name])
+def run(runs: Runs, killed: Path, request: pytest.FixtureRequest) -> Path:
+    return shutil.copytree(killed, runs[request.node.name])
 
 
 @pytest.mark.parametrize("break_it", BREAKS)

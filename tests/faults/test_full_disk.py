@@ -13,6 +13,8 @@ from alignkit.testing import comparable_metrics, digest
 from tests.faults import plants
 from tests.faults.bench import Runs, Whole, assert_equal_runs, checkpoints, leftovers
 
+pytestmark = pytest.mark.xdist_group("faults-disk")
+
 Disk = Callable[[int], Path]
 
 

@@ -8,6 +8,8 @@ from alignkit.core.rng import generator
 from tests.faults import plants
 from tests.faults.bench import STEPS, VARIANTS, Runs, Whole, checkpoints, leftovers
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults-kill")]
+
 STEPS_TO_DIE_AT = sorted(generator(0, "kill").sample(range(1, STEPS + 1), 5))
 
 

@@ -12,6 +12,8 @@ from alignkit.loop.checkpoint import find_fault, read_state
 from tests.faults import plants
 from tests.faults.bench import VARIANTS, Runs, checkpoints
 
+pytestmark = pytest.mark.xdist_group("faults-nonfinite")
+
 SPOILT = "layers.1.mlp.up_proj"
 
 

@@ -11,6 +11,8 @@ import pytest
 from tests.faults import plants
 from tests.faults.bench import VARIANTS, Runs, Whole, checkpoints, leftovers
 
+pytestmark = pytest.mark.xdist_group("faults-signals")
+
 
 @pytest.mark.parametrize(
     ("number", "variant"),

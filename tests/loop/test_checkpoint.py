@@ -127,9 +127,8 @@ def test_broken_ones_are_passed_over_and_named(checkpoints: Checkpoints, tmp_pat
     (tmp_path / "checkpoint-2" / "config.json").write_text("[]")
     said: list[str] = []
     assert checkpoints.newest_valid(said.append) == tmp_path / "checkpoint-1"
-    assert said == [
-        f"{tmp_path / 'checkpoint-2'} is not usable (config.json does not have its recorded sha256); trying the one before"
-    ]
+    fault = "config.json does not have its recorded sha256"
+    assert said == [f"{tmp_path / 'checkpoint-2'} is not usable ({fault}); trying the one before"]
 
 
 def test_none_is_no_error_but_none_whole_is(checkpoints: Checkpoints, tmp_path: Path) -> None:
@@ -160,7 +159,11 @@ def test_another_number_of_processes_is_refused(checkpoints: Checkpoints) -> Non
     [
         (OSError(errno.ENOSPC, "No space left on device"), True, "the disk is full"),
         (OSError(errno.EROFS, "Read-only file system"), True, "Read-only file system"),
-        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), True, "disk is full"),
+        (
+            RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            True,
+            "disk is full",
+        ),
         (OSError("made up by a library"), False, "made up"),
         (ValueError("anything else"), False, "anything else"),
     ],

@@ -55,7 +55,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, fault: Callable[[CausalPolicy, Batch,
 
 def stopped(recipe: Recipe) -> str:
     """The message of a run that a truth stopped before its first step."""
-    with pytest.raises(RunFailed, match="^step-0 truth: ") as caught:
+    with pytest.raises(RunFailed, match=r"^step-0 truth: ") as caught:
         train(recipe, quiet=True, report=False)
     assert read_metrics(Path(recipe.output_dir)) == []
     assert "Nothing was trained" in str(caught.value)

@@ -5,12 +5,13 @@ from math import log
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from alignkit.core.errors import RecipeError
 from alignkit.data.collate import collate
 from alignkit.models.load import REFERENCE_ADAPTER
-from alignkit.run import train
+from alignkit.run import sample, train
 from alignkit.testing import read_metrics
 from tests.models.workshop import LORA, assembled, plain_logits
 
@@ -59,7 +60,7 @@ def test_exported_folder_loads_with_plain_peft(workshop, first):
     """Trained weights in memory and what peft loads give the same logits, and other ones than the start model."""
     recipe = workshop.recipe("again", model={"lora": LORA})
     run = assembled(recipe)
-    run.precompute(_quiet())
+    run.precompute(Console(quiet=True))
     for file in run.files:
         file.fresh()
     run.trainer.run()
@@ -81,7 +82,7 @@ def test_adapter_goes_on_training_against_its_frozen_self(workshop, first):
     assert frozen
     trained = {n for n, p in policy.bare.named_parameters() if p.requires_grad}
     assert trained == {n for n, _ in policy.bare.named_parameters() if ".default." in n}
-    run.precompute(_quiet())
+    run.precompute(Console(quiet=True))
     for file in run.files:
         file.fresh()
     run.trainer.run()
@@ -108,6 +109,11 @@ def test_adapter_goes_on_training_against_its_frozen_self(workshop, first):
     )
 
 
+def test_finished_adapter_can_be_sampled_from(first):
+    drawn = sample(first, ["ab"], num=2, max_tokens=4)
+    assert [1 <= len(one["tokens"]) <= 4 for one in drawn] == [True, True]
+
+
 def test_adapter_of_another_shape_is_refused(workshop, first):
     recipe = workshop.recipe("shape", model={"name_or_path": str(first), "lora": {"r": 8, "alpha": 8}})
     with pytest.raises(RecipeError, match=r"has r=4, alpha=8.*r=8, alpha=8.*lora: null"):
@@ -124,9 +130,3 @@ def test_adapter_without_lora_is_merged_and_trained_in_full(workshop, first):
     result = train(recipe, quiet=True, report=False)
     assert first_loss(result.folder) == pytest.approx(log(2), abs=1e-6)
     assert json.loads((result.folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
-
-
-def _quiet():
-    from rich.console import Console
-
-    return Console(quiet=True)
