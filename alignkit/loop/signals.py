@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from alignkit.core.contracts import World
+from alignkit.dist.engine import launched_rank
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -42,3 +44,6 @@ class StopRequest:
         if self.name is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
+        if launched_rank() == 0:
+            again = "; again = at once" if number == signal.SIGINT else ""
+            print(f"\n{self.name}: stopping after this step{again}", file=sys.stderr, flush=True)

@@ -90,6 +90,7 @@ class Trainer:
                     self.round.advance()
                     self.due()
                 self.engine.sync(self.progress.version)
+            self.track.flush()
             self.evaluate()
             self.save()
 

@@ -20,6 +20,7 @@ class Tracker:
         self._jsonl, self._sinks, self._every = jsonl, list(sinks), logging_steps
         self._window: Totals = {}
         self._steps = 0
+        self._last: dict[str, float] = {}
 
     def start(self, facts: Mapping[str, Any]) -> None:
         """Open every sink."""
@@ -36,12 +37,18 @@ class Tracker:
         `facts` (learning rate, epoch, …) and `timings` are of this step alone.
         """
         add(self._window, totals)
-        self._steps += 1
+        self._steps, self._last = self._steps + 1, {"step": step, **facts}
         if self.wants(step):
-            # Sums (the loss among them) are of one step; the window shows their mean.
-            means = {n: Metric(float(m.sum), self._steps) if m.how == "sum" else m for n, m in self._window.items()}
-            self.log({"step": step, **facts, **values(means), **timings})
-            self._window, self._steps = {}, 0
+            self.flush(timings)
+
+    def flush(self, timings: Mapping[str, float] | None = None) -> None:
+        """Log the open window: the last one of a run may hold fewer steps than the others."""
+        if not self._steps:
+            return
+        # Sums (the loss among them) are of one step; the window shows their mean.
+        means = {n: Metric(float(m.sum), self._steps) if m.how == "sum" else m for n, m in self._window.items()}
+        self.log({**self._last, **values(means), **(timings or {})})
+        self._window, self._steps = {}, 0
 
     def log(self, record: Mapping[str, float]) -> None:
         """One record to every sink."""
@@ -67,7 +74,7 @@ class Tracker:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the window; cut metrics.jsonl back to where the checkpoint was."""
         self._window = {name: Metric(*fields) for name, fields in state["window"].items()}
-        self._steps = state["steps"]
+        self._steps, self._last = state["steps"], state["last"]
         if self._jsonl is not None:
             self._jsonl.load_state_dict(state["jsonl"])
 

@@ -95,11 +95,11 @@ def test_broken_methods_are_caught(algorithm, check, complaint, make_bench):
 
 def test_one_call_runs_every_check(monkeypatch, tmp_path):
     """`assert_conforms` is the whole suite; one process fewer than two leaves out only the launch."""
-    ran = []
-    for check in [*CHECKS, testing.check_world_size]:
-        monkeypatch.setattr(testing, check.__name__, lambda *_, name=check.__name__: ran.append(name))
+    ran, names = [], [check.__name__ for check in CHECKS]
+    for name in [*names, "check_world_size"]:
+        monkeypatch.setattr(testing, name, lambda *_, name=name: ran.append(name))
     testing.assert_conforms("sft", folder=tmp_path)
-    assert ran == [check.__name__ for check in [*CHECKS, testing.check_world_size]]
+    assert ran == [*names, "check_world_size"]
     ran.clear()
     testing.assert_conforms(bad.RowFacts, folder=tmp_path, world_size=1)
-    assert ran == [check.__name__ for check in CHECKS]
+    assert ran == names

@@ -184,7 +184,8 @@ def test_masked_tokens_and_markup_are_printed_as_they_are(make_renderer):
     assert "[masked] [red]" in text
 
 
-def test_printing_in_colour_and_with_no_color(load, make_renderer):
+def test_printing_in_colour_and_with_no_color(load, make_renderer, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
     groups, _ = load([PAIR])
     colour = printed(groups, make_renderer(), force_terminal=True, color_system="standard")
     assert "\x1b[32m the fish" in colour
