@@ -68,6 +68,7 @@ class Tracker:
         return {
             "window": window,
             "steps": self._steps,
+            "last": self._last,
             "jsonl": self._jsonl.state_dict() if self._jsonl is not None else None,
         }
 
