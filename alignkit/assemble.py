@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import track
 
 from alignkit.core.contracts import Algorithm, with_loss
 from alignkit.core.errors import DataError, RecipeError, RunFailed
@@ -60,7 +61,12 @@ class Assembled:
         """Score every row once with the models that never move, and free those."""
         algorithm = self.trainer.algorithm
         units: list[Unit] = algorithm.build(self.groups)
-        self.trainer.roster.precompute(units, algorithm.needs.columns, lambda text: console.print(text, markup=False))
+        self.trainer.roster.precompute(
+            units,
+            algorithm.needs.columns,
+            progress=lambda text: console.print(text, markup=False),
+            bar=lambda chunks, title: track(chunks, title, console=console, transient=True),
+        )
 
     def close(self) -> None:
         """Close every file and sink."""

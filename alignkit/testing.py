@@ -15,7 +15,7 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -250,7 +250,7 @@ def relative_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tens
     assert found.keys() == expected.keys()
     difference = sum(float((found[name].double() - x.double()).pow(2).sum()) for name, x in expected.items())
     total = sum(float(x.double().pow(2).sum()) for x in expected.values())
-    return (difference / total) ** 0.5 if total else difference**0.5
+    return float((difference / total) ** 0.5 if total else difference**0.5)
 
 
 def weight_difference(first: Path, second: Path) -> float:
@@ -392,7 +392,7 @@ def _assert_close_metrics(
 @contextmanager
 def killed_at(step: int) -> Iterator[None]:
     """Raise `Killed` in place of optimizer step `step`."""
-    original: Callable[[Trainer, list[int]], None] = Trainer.update
+    original = Trainer.update
 
     def update(self: Trainer, part: list[int]) -> None:
         if self.progress.step + 1 == step:

@@ -30,6 +30,10 @@ class Tokenizer(Protocol):
         """The text of the ids."""
         ...
 
+    def save_pretrained(self, save_directory: Any) -> Any:
+        """Write its files into a folder."""
+        ...
+
 
 @dataclass(slots=True)
 class Rendered:

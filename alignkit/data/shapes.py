@@ -33,7 +33,7 @@ CONSUMED = frozenset({"prompt", "chosen", "rejected", "completion", "completions
 """Columns that become tokens; every other one reaches `Group.fields`."""
 
 
-class BadRow(Exception):  # noqa: N818 — counted and reported, not an error of the program
+class BadRow(Exception):
     """A row that cannot be used: `reason` is its line in the report, `note` the detail."""
 
     def __init__(self, reason: str, note: str = "") -> None:

@@ -65,7 +65,7 @@ class DistEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Add this micro-batch's share of the global loss. DDP averages over ranks, so scale that away."""
-        (loss * self.world.size).backward()
+        torch.autograd.backward(loss * self.world.size)
 
     def grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         """Clip to `max_norm` (0 = do not) and return the L2 norm before clipping."""

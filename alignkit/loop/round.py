@@ -105,7 +105,8 @@ def blank_like(units: list[Unit], world: World) -> Unit:
         {name for row in rows for name in row.token},
         {name for row in rows for name in row.scalar},
     )
-    sizes, inputs, token, scalar = zip(*world.gather(mine), strict=True)
+    everyone: list[tuple[int, set[str], set[str], set[str]]] = world.gather(mine)
+    sizes, inputs, token, scalar = zip(*everyone, strict=True)
     blank = Row(
         tokens=[0, 0],
         trained=[False, False],
@@ -113,4 +114,4 @@ def blank_like(units: list[Unit], world: World) -> Unit:
         token={name: [0.0, 0.0] for name in set().union(*token)},
         scalar=dict.fromkeys(set().union(*scalar), 0.0),
     )
-    return (blank,) * max(sizes)
+    return tuple(blank for _ in range(max(sizes)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,6 +18,9 @@ from alignkit.core.contracts import World
 from alignkit.core.errors import RunFailed
 from alignkit.core.types import Batch, Unit
 from alignkit.data.collate import collate, cut, select_units, unit_lengths
+
+Bar = Callable[[list[list[int]], str], Iterable[list[int]]]
+"""Iterates over chunks while showing how many are done, under a title."""
 
 CHUNK_TOKENS = 8192
 """Padded tokens of one forward while filling. Fixed, so that cached numbers depend on no setting of a run."""
@@ -66,9 +69,14 @@ class LogpsCache:
             full[i, mask[i]] = found
         return full
 
-    def fill(self, units: Sequence[Unit], score: Callable[[Batch], Tensor], progress: Callable[[str], None]) -> None:
-        """Know every row of `units`, from disk or by scoring. All ranks pass the same units and share the work."""
-        rows: dict[bytes, tuple] = {}
+    def fill(
+        self, units: Sequence[Unit], score: Callable[[Batch], Tensor], progress: Callable[[str], None], bar: Bar
+    ) -> None:
+        """Know every row of `units`, from disk or by scoring. All ranks pass the same units and share the work.
+
+        `progress` takes a line for the user, `bar` shows how far an iteration is.
+        """
+        rows: dict[bytes, Unit] = {}
         for unit in units:
             for row in unit:
                 key = row_keys(collate([(row,)]))[0]
@@ -84,7 +92,8 @@ class LogpsCache:
         progress(f"scoring {len(keys)} rows once with the reference")
         batch = collate([rows[key] for key in keys])
         values: dict[int, np.ndarray] = {}
-        for chunk in cut(unit_lengths(batch), 1, CHUNK_TOKENS)[self._world.rank :: self._world.size]:
+        chunks = cut(unit_lengths(batch), 1, CHUNK_TOKENS)[self._world.rank :: self._world.size]
+        for chunk in bar(chunks, "reference"):
             micro = select_units(batch, chunk)
             logps = score(micro).float().cpu()
             for j, i in enumerate(chunk):
@@ -105,7 +114,7 @@ class LogpsCache:
         if not all(self._world.gather(bool(stored))):
             return False
         lengths, values = stored["lengths"].tolist(), stored["logps"]
-        for key, value in zip(keys, values.split(lengths), strict=True):
+        for key, value in zip(keys, torch.split(values, lengths), strict=True):
             self._rows[key] = value
         return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from alignkit.core.errors import RunFailed
 from alignkit.core.types import Batch, Forward, Unit
 from alignkit.data.collate import cut, select_units, unit_lengths
-from alignkit.models.cache import LogpsCache
+from alignkit.models.cache import Bar, LogpsCache
 from alignkit.models.policy import SCORING_TOKENS, CausalPolicy
 
 
@@ -86,14 +87,16 @@ class Roster:
         """
         return batch.with_columns({name: self._column(batch, name) for name in sorted(columns)})
 
-    def precompute(self, units: Sequence[Unit], columns: Iterable[str], progress: Callable[[str], None]) -> None:
+    def precompute(
+        self, units: Sequence[Unit], columns: Iterable[str], progress: Callable[[str], None], bar: Bar
+    ) -> None:
         """Score all rows of a run once for its cached models, then free those models."""
         for column in sorted(columns):
             name, _, output = column.partition(".")
             if output != "logps" or name not in self._caches or not units:
                 continue
             cache, model = self._caches[name], self._models[name]
-            cache.fill(units, lambda batch, model=model: model.forward(batch, frozenset({"logps"})).logps, progress)
+            cache.fill(units, partial(_logps, model), progress, bar)
             model.release()
 
     def _column(self, batch: Batch, column: str) -> Tensor:
@@ -114,6 +117,10 @@ class Roster:
                 raise RunFailed(f"column {column!r}: the model {name!r} has no output {output!r}")
             parts.append((index, value.cpu()))
         return _assemble(batch, parts, column)
+
+
+def _logps(model: ScoringModel, batch: Batch) -> Tensor:
+    return model.forward(batch, frozenset({"logps"})).logps
 
 
 def _assemble(batch: Batch, parts: Sequence[tuple[list[int], Tensor]], column: str) -> Tensor:

@@ -23,6 +23,10 @@ from tests.models.workshop import Workshop, assembled
 FOUND, SCORED = "found in", "scoring 10 rows once"
 
 
+def no_bar(chunks, title):
+    return chunks
+
+
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     """The folder of an empty cache."""
@@ -184,7 +188,9 @@ def test_rows_are_told_apart_by_their_mask(tmp_path):
     cache = LogpsCache("model", LocalWorld(), tmp_path)
     tokens = [5, 6, 7, 8]
     half, whole = Row(tokens, [False, False, True, True]), Row(tokens, [False, True, True, True])
-    cache.fill([(half,), (whole,)], lambda batch: -batch.inputs["tokens"].float() * batch["mask"], lambda _: None)
+    cache.fill(
+        [(half,), (whole,)], lambda batch: -batch.inputs["tokens"].float() * batch["mask"], lambda _: None, no_bar
+    )
     found = cache.lookup(collate([(whole,), (half,)]))
     assert found.tolist() == [[0, -6, -7, -8], [0, 0, -7, -8]]
     assert cache.lookup(collate([(Row([5, 6], [False, True]),)])) is None
@@ -198,10 +204,10 @@ def test_cached_numbers_are_read_back_bit_for_bit(tmp_path):
         return torch.randn(batch["mask"].shape, generator=generator)
 
     first, second = (LogpsCache("model", LocalWorld(), tmp_path) for _ in range(2))
-    first.fill(rows, score, lambda _: None)
-    second.fill(rows, lambda batch: pytest.fail("scored again"), lambda _: None)
+    first.fill(rows, score, lambda _: None, no_bar)
+    second.fill(rows, lambda batch: pytest.fail("scored again"), lambda _: None, no_bar)
     batch = collate(rows)
     assert torch.equal(first.lookup(batch), second.lookup(batch))
     other = LogpsCache("another model", LocalWorld(), tmp_path)
     with pytest.raises(pytest.fail.Exception):
-        other.fill(rows, lambda batch: pytest.fail("scored again"), lambda _: None)
+        other.fill(rows, lambda batch: pytest.fail("scored again"), lambda _: None, no_bar)
