@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 import alignkit
 from alignkit.assemble import Assembled, assemble, build_sampler, write_model
 from alignkit.core.contracts import Algorithm
-from alignkit.core.errors import DataError, EnvironmentProblem, RecipeError
+from alignkit.core.errors import AlignkitError, DataError, EnvironmentProblem, RecipeError
 from alignkit.core.types import Group, Message
 from alignkit.data.groups import load_groups
 from alignkit.data.shapes import BadRow, Example
@@ -34,6 +34,13 @@ from alignkit.track.card import CardFacts, write_card
 from alignkit.track.report import write_report
 
 RECIPE_FILE = "recipe.resolved.yaml"
+RUN_FILES = (
+    *("recipe.resolved.yaml", "departures.yaml", "run.lock", "data_report.json", "metrics.jsonl", "samples.jsonl"),
+    *("checkpoint-*", ".writing-*", "debug", "runs", "wandb", "report.html", "README.md"),
+    *("*.safetensors", "*.safetensors.index.json", "*config.json", "chat_template.jinja"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+)
+"""What a run writes into its folder; whatever else lies there is not ours to remove."""
 BOOKKEEPING = ("step", "epoch", "step_time")
 LOCKED_PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "numpy", "trl")
 
@@ -106,6 +113,12 @@ def _train(recipe: Recipe, folder: Path, dist: DistEngine, console: Console, res
     )
     try:
         trainer.run()
+    except (AlignkitError, OSError, SafetensorError):
+        raise
+    except Exception:  # a fault in anybody's code must not cost the steps since the last checkpoint
+        if dist.world.size == 1 and trainer.progress.step > 0:  # of several, the others may wait elsewhere
+            trainer.save()
+        raise
     finally:
         run.close()
     return _finish(recipe, folder, run, report)
@@ -175,7 +188,7 @@ def _claim_folder(folder: Path, recipe: Recipe, resuming: bool, overwrite: bool)
             "rotated away. Choose another: output_dir=…"
         )
     if resolved.is_file() and overwrite:
-        for path in folder.iterdir():  # a run owns its folder
+        for path in (path for pattern in RUN_FILES for path in folder.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     try:
         folder.mkdir(parents=True, exist_ok=True)

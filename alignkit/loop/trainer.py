@@ -87,7 +87,6 @@ class Trainer:
                         check_rows(self.policy, units, self.dist.dtype)
                 while (part := self.round.part()) is not None and self.progress.step < self.progress.total_steps:
                     self.update(part)
-                    self.round.advance()
                     self.due()
                 self.engine.sync(self.progress.version)
             self.track.flush()
@@ -119,8 +118,9 @@ class Trainer:
         if step == 1 and self.config.step0_checks and self.starts_at_reference:
             check_closed_form(self.algorithm.at_reference(), found, self.dist.dtype)
         learning_rate = float(self.scheduler.get_last_lr()[0])
-        self.dist.step()
+        self.dist.step()  # from here to the counters nothing may fail: what a checkpoint holds moves together
         self.scheduler.step()
+        self.round.advance()
         self.progress.step, self.progress.tokens = step, self.progress.tokens + int(found.pop("num_input_tokens"))
         self.algorithm.observe(found)
         del totals["num_input_tokens"]
