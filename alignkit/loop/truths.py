@@ -12,8 +12,10 @@ from alignkit.core.types import Batch, Row, Unit
 from alignkit.data.collate import collate
 from alignkit.models.policy import CausalPolicy
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""Nats a token (rows) and units of a metric (closed forms): rounding of a few ulps; bfloat16 has a coarser grain."""
+MEAN = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+"""Allowed difference in nats, on average over the tokens of a row; of a metric from its closed form likewise."""
+WORST = {torch.float32: 1e-3, torch.bfloat16: 2.0}
+"""Allowed at any one token: at a logit of 30 one step of bfloat16 is an eighth, and a token may see several."""
 
 
 def check_rows(policy: CausalPolicy, units: Sequence[Unit], dtype: torch.dtype) -> None:
@@ -35,14 +37,12 @@ def check_rows(policy: CausalPolicy, units: Sequence[Unit], dtype: torch.dtype) 
         table = _plain_table(policy, row)
         plain = _logps(table, row, shift=1)
         trained = torch.tensor(row.trained)
-        difference = (ours[i, : len(row.tokens)] - plain).abs().where(trained, 0.0)
-        worst = float(difference.max())
-        if not worst <= TOLERANCE[dtype]:  # also true for nan
+        if found := _difference(ours[i, : len(row.tokens)] - plain, trained, dtype):
             raise RunFailed(
                 f"step-0 truth: the training path gives other log-probabilities than plain transformers for a row of "
-                f"group {row.group!r}: they differ by {worst:.3g} nats at token {int(difference.argmax())} (allowed "
-                f"{TOLERANCE[dtype]:g}). {_cause(policy, batch, i, ours[i, : len(row.tokens)], table, row)} Nothing "
-                "was trained. `train.step0_checks: false` skips this check."
+                f"group {row.group!r}: they differ by {found}. "
+                f"{_cause(policy, batch, i, ours[i, : len(row.tokens)], table, row)} Nothing was trained. "
+                "`train.step0_checks: false` skips this check."
             )
 
 
@@ -53,7 +53,7 @@ def check_closed_form(expected: Mapping[str, float], found: Mapping[str, float],
         RunFailed: naming the metric, both values and the probable cause.
     """
     for name, value in expected.items():
-        if name in found and not abs(found[name] - value) <= TOLERANCE[dtype] * max(1.0, abs(value)):
+        if name in found and not abs(found[name] - value) <= MEAN[dtype] * max(1.0, abs(value)):
             raise RunFailed(
                 f"step-0 truth: {name} is {found[name]:.6g} on the first batch; while the policy equals the reference "
                 f"it must be {value:.6g}. The reference is not the model the run starts from: a wrong adapter or "
@@ -68,15 +68,23 @@ def check_reference(out_logps: Tensor, batch: Batch, dtype: torch.dtype) -> None
     Raises:
         RunFailed: they are not.
     """
-    difference = (out_logps.detach() - batch["reference.logps"]).abs().where(batch["mask"], 0.0)
-    worst = float(difference.max())
-    if not worst <= TOLERANCE[dtype]:
+    if found := _difference(out_logps.detach() - batch["reference.logps"], batch["mask"], dtype):
         raise RunFailed(
-            f"step-0 truth: before the first step the policy's log-probabilities differ from the reference's by "
-            f"{worst:.3g} nats at some token (allowed {TOLERANCE[dtype]:g}). A wrong adapter or models.reference, a "
-            "stale cache of its log-probabilities, or dropout. Nothing was trained. `train.step0_checks: false` skips "
-            "this check."
+            "step-0 truth: before the first step the policy's log-probabilities differ from the reference's by "
+            f"{found}. A wrong adapter or models.reference, a stale cache of its log-probabilities, or dropout. "
+            "Nothing was trained. `train.step0_checks: false` skips this check."
         )
+
+
+def _difference(difference: Tensor, trained: Tensor, dtype: torch.dtype) -> str:
+    """How far two log-probabilities of the trained tokens are apart, in words; empty when that is rounding."""
+    size = difference[trained].abs()
+    if not size.numel() or (float(size.mean()) <= MEAN[dtype] and float(size.max()) <= WORST[dtype]):
+        return ""  # nan is never within
+    return (
+        f"{float(size.mean()):.3g} nats a token on average (allowed {MEAN[dtype]:g}), {float(size.max()):.3g} at most "
+        f"(allowed {WORST[dtype]:g})"
+    )
 
 
 def _three(rows: list[Row]) -> list[Row]:

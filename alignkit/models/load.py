@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from alignkit.core.errors import DataError, RecipeError
@@ -40,7 +41,7 @@ def _explained(what: str, path: str) -> Iterator[None]:
     """Turn the hub library's long stories into one sentence."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RecipeError(
             f"model.name_or_path: cannot load the {what} from {path!r}: {first}. Expected a folder with config.json, "
