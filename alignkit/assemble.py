@@ -65,7 +65,9 @@ class Assembled:
             units,
             algorithm.needs.columns,
             progress=lambda text: console.print(text, markup=False),
-            bar=lambda chunks, title: track(chunks, title, console=console, transient=True),
+            bar=lambda chunks, title: track(
+                chunks, title, console=console, transient=True, disable=not console.is_terminal
+            ),
         )
 
     def close(self) -> None:
