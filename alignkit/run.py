@@ -41,7 +41,7 @@ RUN_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
 )
 """What a run writes into its folder; whatever else lies there is not ours to remove."""
-BOOKKEEPING = ("step", "epoch", "step_time")
+BOOKKEEPING = ("step", "epoch", "step_time", "perf/tokens_per_second")
 LOCKED_PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "numpy", "trl")
 
 

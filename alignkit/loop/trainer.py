@@ -121,7 +121,8 @@ class Trainer:
         self.dist.step()  # from here to the counters nothing may fail: what a checkpoint holds moves together
         self.scheduler.step()
         self.round.advance()
-        self.progress.step, self.progress.tokens = step, self.progress.tokens + int(found.pop("num_input_tokens"))
+        tokens = int(found.pop("num_input_tokens"))
+        self.progress.step, self.progress.tokens = step, self.progress.tokens + tokens
         self.algorithm.observe(found)
         del totals["num_input_tokens"]
         if len(terms) == 1:  # it is the loss
@@ -129,7 +130,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         facts = {"epoch": self.stream.epoch, "learning_rate": learning_rate, "grad_norm": grad_norm}
         facts["num_tokens"] = self.progress.tokens
-        self.track.step(step, totals, facts, {"step_time": seconds})
+        self.track.step(step, totals, facts, {"step_time": seconds, "perf/tokens_per_second": tokens / seconds})
 
     def micros(self, batch: Batch, part: list[int]) -> list[Batch]:
         """Micro-batches of this rank, equally many on every rank, padded with empty ones."""
