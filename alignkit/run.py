@@ -7,7 +7,7 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -223,15 +223,28 @@ def _restore(run: Assembled, folder: Path, console: Console, resuming: bool) -> 
             file.fresh()
         trainer.checkpoints.drop_after(-1)
         return
-    _refuse_other_data(folder, run)
+    lock = json.loads((folder / "run.lock").read_text(encoding="utf-8"))
+    _refuse_other_data(lock, run)
+    if changed := _other_software(lock):
+        console.print(
+            f"other software than this run began with: {', '.join(changed)}; from here on its bits may differ from an "
+            "unbroken run's",
+            markup=False,
+        )
     trainer.checkpoints.load(path, *trainer.parts())
     trainer.policy.load(path)
     trainer.checkpoints.drop_after(trainer.progress.step)
     console.print(f"continuing from {path}", markup=False)
 
 
-def _refuse_other_data(folder: Path, run: Assembled) -> None:
-    lock = json.loads((folder / "run.lock").read_text(encoding="utf-8"))
+def _other_software(lock: Mapping[str, Any]) -> list[str]:
+    """What changed since the run began, as `torch 2.13.0 → 2.14.0`."""
+    before = {"alignkit": lock["alignkit"], **lock["packages"]}
+    now = {"alignkit": alignkit.__version__, **_versions()}
+    return [f"{name} {before.get(name)} → {found}" for name, found in now.items() if before.get(name) != found]
+
+
+def _refuse_other_data(lock: Mapping[str, Any], run: Assembled) -> None:
     if lock["data_sha256"] != _data_sha256(run.groups):
         raise DataError(
             f"{', '.join(report.path for report in run.reports)}: these are not the rows this run began with (run.lock "

@@ -119,18 +119,29 @@ class Checkpoints:
         self._world.barrier()
 
     def load(self, path: Path, shared: Mapping[str, Stateful], local: Mapping[str, Stateful]) -> None:
-        """Restore every part. Raises RunFailed when the checkpoint is of another world size inside a round."""
-        for name, part in shared.items():
-            part.load_state_dict(read_state(path, name))
-        mine = path / f"rank-{self._world.rank}"
+        """Restore every part.
+
+        Raises:
+            RunFailed: the checkpoint is of another number of processes, or of a version that kept other state.
+        """
         ranks = len(list(path.glob("rank-*")))
         if ranks != self._world.size:
             raise RunFailed(
                 f"{path} was written by {ranks} processes, this run has {self._world.size}. Bit-exact resume needs the "
                 f"same number: launch {ranks}."
             )
-        for name, part in local.items():
-            part.load_state_dict(read_state(mine, name))
+        mine = path / f"rank-{self._world.rank}"
+        for name, part, folder in [
+            *((name, part, path) for name, part in shared.items()),
+            *((name, part, mine) for name, part in local.items()),
+        ]:
+            try:
+                part.load_state_dict(read_state(folder, name))
+            except (KeyError, FileNotFoundError) as error:
+                raise RunFailed(
+                    f"{path}: its part {name!r} lacks {error}: another version of alignkit, or of your algorithm, "
+                    "wrote it. Resume with the version that run.lock names, or start anew in another output_dir."
+                ) from error
 
     def _rotate(self) -> None:
         for step in self.steps()[self._limit :]:

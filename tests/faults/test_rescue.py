@@ -1,8 +1,12 @@
-"""A fault in somebody's code loses no step, and starting over removes nothing that is not the run's."""
+"""A fault in somebody's code loses no step; starting over removes a run's files only; other software is noticed."""
+
+import hashlib
+import json
 
 import pytest
 
 from alignkit.algorithms.dpo import DPO
+from alignkit.core.errors import RunFailed
 from alignkit.run import resume, train
 from alignkit.testing import Bench, comparable_metrics, digest
 
@@ -42,3 +46,22 @@ def test_overwrite_removes_the_run_and_nothing_else(tmp_path):
     train(recipe, overwrite=True, quiet=True)
     assert mine.read_text(encoding="utf-8") == "mine"
     assert {path.name for path in mine.parent.iterdir()} == left
+
+
+def test_resume_with_other_software_says_so_and_with_other_state_refuses(tmp_path, capsys):
+    bench = Bench("sft", folder=tmp_path)
+    run = train(bench.recipe("run", max_steps=1), quiet=True, report=False).folder
+    lock = json.loads((run / "run.lock").read_text(encoding="utf-8"))
+    lock["packages"]["torch"] = "1.0"
+    (run / "run.lock").write_text(json.dumps(lock), encoding="utf-8")
+    resume(run, report=False)
+    assert "other software than this run began with: torch 1.0 → " in capsys.readouterr().out
+
+    state = run / "checkpoint-1" / "track.json"
+    state.write_text(state.read_text(encoding="utf-8").replace('"window"', '"widow"'), encoding="utf-8")
+    manifest = json.loads((run / "checkpoint-1" / "manifest.json").read_text(encoding="utf-8"))
+    content = state.read_bytes()
+    manifest["track.json"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (run / "checkpoint-1" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(RunFailed, match="its part 'track' lacks 'window': another version of alignkit"):
+        resume(run, quiet=True, report=False)
