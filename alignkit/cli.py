@@ -84,9 +84,6 @@ def train(
     if resume and overwrite:
         raise RecipeError("--resume continues the run in output_dir and --overwrite throws it away; choose one")
     loaded = _load(recipe, overrides)
-    from alignkit.recipe import check_paths
-
-    check_paths(loaded)
     from alignkit import run
 
     _print_result(run.train(loaded, resume=resume, overwrite=overwrite, quiet=_Verbosity.quiet))
@@ -247,9 +244,6 @@ def show_data(
 ) -> None:
     """Print rows with prompt, trained and masked tokens told apart."""
     loaded = _load(recipe, overrides)
-    from alignkit.recipe import check_paths
-
-    check_paths(loaded)
     from rich.console import Console
 
     from alignkit.data.groups import load_groups
@@ -277,7 +271,7 @@ def quickstart(
 def _load(recipe: str, overrides: list[str] | None) -> Recipe:
     from alignkit.recipe import load_recipe
 
-    return load_recipe(recipe, overrides or ())
+    return load_recipe(recipe, overrides or (), files=True)
 
 
 def _must_exist(run: Path) -> None:

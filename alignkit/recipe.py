@@ -36,6 +36,7 @@ from alignkit.core.reading import ConfigReader, did_you_mean, type_scalar
 from alignkit.core.registry import Entry as Registered
 from alignkit.core.registry import load_module, load_object, register
 from alignkit.data.config import DataConfig
+from alignkit.files import note_missing_files
 from alignkit.loop.config import EvalConfig, TrainConfig
 from alignkit.models.config import ModelConfig, RosterModelConfig
 from alignkit.rewards.config import RewardConfig
@@ -108,10 +109,13 @@ def config_type(entry: Registered) -> type[AlgorithmConfig]:
     return found
 
 
-def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    source: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = (), *, files: bool = False
+) -> Recipe:
     """Read a recipe: a YAML file, the name of a shipped recipe, or a mapping; `overrides` are `a.b=value`.
 
-    Sets the variables of `env` and imports the modules of `imports`. Raises RecipeError with all mistakes.
+    Sets the variables of `env` and imports the modules of `imports`. Raises RecipeError with all mistakes; with
+    `files`, local files that are not there are among them.
     """
     mistakes = Mistakes()
     root: Node = _assemble(source, mistakes)
@@ -120,6 +124,8 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], overrides: S
     assert isinstance(root, Block)  # an override has a key, so it never replaces the root
     reading = _Reading(root, mistakes)
     recipe = reading.read()
+    if files:
+        note_missing_files(root, mistakes)
     mistakes.stop_if_any()
     assert recipe is not None
     recipe._origin = Origin(root)
@@ -397,37 +403,11 @@ def recipe_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".gz", ".zst", ".bz2", ".xz", ".txt")
-
-
-def is_local(path: str) -> bool:
-    """Whether a data or model path means a file or folder here, rather than a hub id such as `owner/name`."""
-    if path.startswith((".", "/", "~")) or path.endswith(_SUFFIXES) or path.count("/") > 1 or "\\" in path:
-        return "://" not in path
-    return Path(path).exists() or ("/" in path and Path(path).parent.is_dir())
-
-
 def check_paths(recipe: Recipe) -> None:
     """Raises RecipeError naming every local file or folder of the recipe that is not there."""
     mistakes = Mistakes()
-    paths = {f"data.{i}.path": entry.path for i, entry in enumerate(recipe.data)}
-    paths |= {f"eval.data.{i}.path": entry.path for i, entry in enumerate(recipe.eval.data)}
-    paths["model.name_or_path"] = recipe.model.name_or_path
-    paths |= {f"models.{name}.from": entry.source for name, entry in recipe.models.items() if entry.source != "policy"}
-    wanted = {key: path for key, path in paths.items() if is_local(path)}
-    if recipe.model.chat_template is not None:
-        wanted["model.chat_template"] = recipe.model.chat_template
-    for key, path in wanted.items():
-        if not Path(path).exists():
-            mistakes.add(recipe.origin.place(key), key, _missing(Path(path)))
+    written = recipe.origin.root
+    unwritten = isinstance(written, Block) and not written.entries  # made in Python, not read
+    root = from_python(recipe.model_dump(by_alias=True), written.place) if unwritten else written
+    note_missing_files(root, mistakes)
     mistakes.stop_if_any()
-
-
-def _missing(path: Path) -> str:
-    """`missing file …`, with the nearest existing name in its folder."""
-    folder = path.parent
-    while not folder.exists():
-        path, folder = folder, folder.parent
-    hint = did_you_mean(path.name, (file.name for file in folder.iterdir())) if folder.is_dir() else ""
-    where = "the current directory" if folder == Path() else str(folder)
-    return f"missing file: there is no {path.name!r} in {where}; {hint or f'paths start from {os.getcwd()}'}"

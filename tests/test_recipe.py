@@ -13,13 +13,13 @@ import yaml
 from alignkit.algorithms.dpo import DPO, DPOConfig
 from alignkit.core import AlgorithmConfig, RecipeError, register
 from alignkit.core.registry import Entry
+from alignkit.files import is_local
 from alignkit.recipe import (
     Recipe,
     check_paths,
     departures,
     dump_recipe,
     find_recipe,
-    is_local,
     load_recipe,
     recipe_schema,
     shipped_recipes,
@@ -371,6 +371,22 @@ def test_missing_files_are_named_with_the_nearest(tmp_path: Path) -> None:
         "r.yaml:3:15  data.0.path  missing file: there is no 'pair.jsonl' in data; did you mean 'pairs.jsonl'?",
     ]
     check_paths(load_recipe("r.yaml", ["model.name_or_path=models/m", "model.chat_template=null", "data.0.path=o/hub"]))
+
+
+def test_missing_files_and_other_mistakes_come_in_one_report() -> None:
+    text = (
+        "output_dir: x\nmodel: {name_or_path: m/o/del}\ndata: [{path: none.jsonl}]\nalgorithm: {name: dpo, betaa: 1}\n"
+    )
+    write("r.yaml", text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("r.yaml", ["eval.data.0.path=gone.csv"], files=True)
+    lines = [line.strip().split("  ")[:2] for line in str(caught.value).splitlines()[1:]]
+    assert lines == [
+        ["r.yaml:2:23", "model.name_or_path"],
+        ["r.yaml:3:15", "data.0.path"],
+        ["r.yaml:4:24", "algorithm.betaa"],
+        ["override 'eval.data.0.path=gone.csv'", "eval.data.0.path"],
+    ]
 
 
 @pytest.mark.parametrize(
