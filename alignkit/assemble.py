@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +49,20 @@ from alignkit.track.tracker import Tracker
 
 @dataclass
 class Assembled:
-    """A trainer and what its run folder tells of it. `groups` are all rows, held-out ones included."""
+    """A trainer and what its run folder tells of it. `groups` are all rows to train on, `held_out` to evaluate on."""
 
     trainer: Trainer
     renderer: Renderer
     groups: list[Group]
-    num_train: int
+    held_out: list[Group]
     reports: list[DataReport]
     files: list[JsonlSink]
 
     def precompute(self, console: Console) -> None:
-        """Score every row once with the models that never move, and free those."""
-        algorithm = self.trainer.algorithm
-        units: list[Unit] = algorithm.build(self.groups)
+        """Score every row the run will meet once with the models that never move, and free those."""
+        algorithm, progress = self.trainer.algorithm, self.trainer.progress
+        rounds = min(progress.total_rounds, ceil(progress.total_steps / self.trainer.config.epochs_per_round))
+        units: list[Unit] = algorithm.build([*self.trainer.stream.preview(rounds), *self.held_out])
         self.trainer.roster.precompute(
             units,
             algorithm.needs.columns,
@@ -145,7 +147,7 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
         write_model=partial(write_model, policy, renderer),
         starts_at_reference=_starts_at_reference(recipe, algorithm, policy),
     )
-    return Assembled(trainer, renderer, [*groups, *held_out], len(groups), reports, files)
+    return Assembled(trainer, renderer, groups, held_out, reports, files)
 
 
 def write_model(policy: CausalPolicy, renderer: Renderer, folder: Path, dtype: torch.dtype | None = None) -> None:

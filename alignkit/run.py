@@ -245,7 +245,7 @@ def _other_software(lock: Mapping[str, Any]) -> list[str]:
 
 
 def _refuse_other_data(lock: Mapping[str, Any], run: Assembled) -> None:
-    if lock["data_sha256"] != _data_sha256(run.groups):
+    if lock["data_sha256"] != _data_sha256([*run.groups, *run.held_out]):
         raise DataError(
             f"{', '.join(report.path for report in run.reports)}: these are not the rows this run began with (run.lock "
             "has their hash), so its continuation would be another run. Put the data back, or start anew in another "
@@ -273,7 +273,7 @@ def _write_facts(recipe: Recipe, folder: Path, run: Assembled, world_size: int) 
         "world_size": world_size,
         "seed": recipe.seed,
         "recipe_sha256": hashlib.sha256(dump_recipe(recipe).encode()).hexdigest(),
-        "data_sha256": _data_sha256(run.groups),
+        "data_sha256": _data_sha256([*run.groups, *run.held_out]),
     }
     _replace(folder / "run.lock", json.dumps(lock, indent=1) + "\n")
 
@@ -314,7 +314,7 @@ def _headline(recipe: Recipe, run: Assembled) -> str:
     trained = sum(p.numel() for p in trainer.policy.parameters())
     total = sum(p.numel() for p in trainer.policy.bare.parameters())
     return (
-        f"{recipe.algorithm.name}: {run.num_train} groups, {trainer.progress.total_steps} steps of "
+        f"{recipe.algorithm.name}: {len(run.groups)} groups, {trainer.progress.total_steps} steps of "
         f"{recipe.train.batch_size} units on {trainer.dist.world.size} process(es); training {trained:,} of {total:,} "
         f"weights in {recipe.model.dtype}, layout padded; run folder {trainer.folder}"
     )

@@ -64,6 +64,17 @@ class Stream:
             self._order = self._draw(self._epoch)
         return [self.sources[source][index] for source, index in mine]
 
+    def preview(self, rounds: int) -> list[Group]:
+        """The groups of a run's first `rounds` rounds over all ranks, each once, wherever the stream stands now."""
+        seen: dict[tuple[int, int], None] = {}
+        everything = sum(len(source) for source in self.sources)
+        for epoch in range(-(-rounds // self.rounds_per_epoch)):
+            left = (rounds - epoch * self.rounds_per_epoch) * self.groups_per_round
+            seen.update(dict.fromkeys(self._draw(epoch)[:left]))
+            if len(seen) == everything:
+                break
+        return [self.sources[source][index] for source, index in sorted(seen)]
+
     def state_dict(self) -> dict[str, Any]:
         """The epoch and how many of its groups all ranks together have taken."""
         return {"epoch": self._epoch, "cursor": self._cursor}

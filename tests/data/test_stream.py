@@ -97,3 +97,13 @@ def test_no_groups_at_all():
 
 def test_an_empty_source_beside_a_full_one():
     assert sorted(epoch_ids(stream(0, 2))) == ["b0", "b1"]
+
+
+def test_preview_is_what_the_first_rounds_take() -> None:
+    stream = Stream([groups("a", 7), groups("b", 4)], [1.0, 0.5], seed=3, groups_per_round=4, rank=0, size=1)
+    for rounds in range(8):
+        fresh = Stream(stream.sources, stream.weights, seed=3, groups_per_round=4, rank=0, size=1)
+        taken = {group.id for _ in range(rounds) for group in fresh.take()}
+        seen = [group.id for group in fresh.preview(rounds)]
+        assert len(seen) == len(set(seen))
+        assert set(seen) == taken

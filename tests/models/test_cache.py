@@ -65,6 +65,13 @@ def test_second_run_reads_what_the_first_one_scored(workshop, own_cache, forward
     assert FOUND in said(workshop.recipe("three"))
 
 
+def test_only_rows_that_the_run_will_meet_are_scored(workshop, own_cache):
+    recipe = workshop.recipe("short", train={"max_steps": 1, "batch_size": 2})
+    assert "scoring 4 rows once" in said(recipe)
+    train(recipe, quiet=True, report=False)
+    assert len(list(own_cache.glob("*.safetensors"))) == 1
+
+
 def nudge_a_weight(workshop: Workshop) -> dict:
     path = workshop.model / "model.safetensors"
     weights = load_file(path)
