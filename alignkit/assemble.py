@@ -97,7 +97,7 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
     console.print("\n".join(line for report in reports for line in report.lines()), markup=False)
     groups, held_out = _flat(sources), _flat(held_out_sources)
 
-    bare = load_policy(recipe.model)
+    bare = load_policy(recipe.model, recipe.seed)
     check_context(bare, recipe.train.max_length)
     policy = CausalPolicy(bare.to(dist.device), dist)
     _check_weights(policy, recipe.model.name_or_path)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from alignkit.core.errors import DataError, RecipeError
+from alignkit.core.rng import key
 from alignkit.data.render import Renderer
 from alignkit.models.config import ModelConfig
 
@@ -135,12 +136,14 @@ def load_base(config: ModelConfig, dtype: torch.dtype) -> Any:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    if Path(path).is_dir():  # an adapter remembers its base by this, and is loaded from anywhere
+        model.name_or_path = str(Path(path).resolve())
     for name, value in noise.items():  # what is exported must say what the original said
         setattr(model.config, name, value)
     return model
 
 
-def load_policy(config: ModelConfig) -> Any:
+def load_policy(config: ModelConfig, seed: int = 0) -> Any:
     """The trainable model, on the CPU.
 
     Full training keeps float32 weights whatever the compute dtype: steps of 1e-6 vanish in bfloat16. With `lora` the
@@ -156,13 +159,13 @@ def load_policy(config: ModelConfig) -> Any:
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
             model.requires_grad_(True)  # peft froze it
     else:
-        model = _with_adapter(model, config, adapter)
+        model = _with_adapter(model, config, adapter, seed)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
-def _with_adapter(model: Any, config: ModelConfig, adapter: str | None) -> Any:
+def _with_adapter(model: Any, config: ModelConfig, adapter: str | None, seed: int) -> Any:
     from peft import LoraConfig as PeftLoraConfig
     from peft import PeftModel, get_peft_model
 
@@ -170,7 +173,7 @@ def _with_adapter(model: Any, config: ModelConfig, adapter: str | None) -> Any:
     lora = config.lora
     if adapter is None:
         with torch.random.fork_rng():
-            torch.manual_seed(0)  # the start of an adapter is part of the recipe, not of the process
+            torch.manual_seed(key(seed, "adapter"))
             return get_peft_model(
                 model,
                 PeftLoraConfig(
@@ -181,14 +184,16 @@ def _with_adapter(model: Any, config: ModelConfig, adapter: str | None) -> Any:
                     task_type="CAUSAL_LM",
                 ),
             )
-    saved = json.loads((Path(adapter) / "adapter_config.json").read_text())
-    if (saved.get("r"), saved.get("lora_alpha")) != (lora.r, lora.alpha):
+    saved = PeftLoraConfig.from_pretrained(adapter)
+    if (saved.r, saved.lora_alpha) != (lora.r, lora.alpha):
         raise RecipeError(
-            f"model.lora: the adapter {adapter!r} has r={saved.get('r')}, alpha={saved.get('lora_alpha')}, the recipe "
+            f"model.lora: the adapter {adapter!r} has r={saved.r}, alpha={saved.lora_alpha}, the recipe "
             f"r={lora.r}, alpha={lora.alpha}. Give the adapter's numbers to go on training it, or `lora: null` to "
             "merge it and train all weights."
         )
-    wrapped = PeftModel.from_pretrained(model, adapter, adapter_name=POLICY_ADAPTER, is_trainable=True)
+    saved.lora_dropout = lora.dropout  # how it goes on training is the recipe's word, not the past's
+    saved.inference_mode = False
+    wrapped = PeftModel.from_pretrained(model, adapter, adapter_name=POLICY_ADAPTER, is_trainable=True, config=saved)
     wrapped.load_adapter(adapter, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
     wrapped.set_adapter(POLICY_ADAPTER)  # the active adapter trains, and no other
     return wrapped

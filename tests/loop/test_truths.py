@@ -114,8 +114,8 @@ def test_attention_mask_ignored(recipe, monkeypatch: pytest.MonkeyPatch) -> None
 def test_dropout_left_on(recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     load = alignkit.assemble.load_policy
 
-    def noisy(config: Any) -> Any:
-        model = load(config)
+    def noisy(*arguments: Any) -> Any:
+        model = load(*arguments)
         for layer in model.model.layers:
             layer.self_attn.attention_dropout = 0.5
         return model

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from alignkit.core.errors import RecipeError
 from alignkit.data.collate import collate
-from alignkit.models.load import REFERENCE_ADAPTER
+from alignkit.models.load import REFERENCE_ADAPTER, load_policy
 from alignkit.run import sample, train
 from alignkit.testing import read_metrics
 from tests.models.workshop import LORA, assembled, plain_logits
@@ -130,3 +130,25 @@ def test_adapter_without_lora_is_merged_and_trained_in_full(workshop, first):
     result = train(recipe, quiet=True, report=False)
     assert first_loss(result.folder) == pytest.approx(log(2), abs=1e-6)
     assert json.loads((result.folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_the_start_of_an_adapter_follows_the_seed(workshop):
+    def start(seed):
+        model = load_policy(workshop.recipe("seeded", model={"lora": LORA}).model, seed)
+        return {name: p.detach() for name, p in model.named_parameters() if "lora_A" in name}
+
+    first, again, other = start(1), start(1), start(2)
+    assert all(torch.equal(again[name], weight) for name, weight in first.items())
+    assert not any(torch.equal(other[name], weight) for name, weight in first.items())
+
+
+def test_a_continued_adapter_has_the_dropout_of_the_recipe_and_an_absolute_base(workshop, tmp_path, monkeypatch):
+    monkeypatch.chdir(workshop.folder)
+    noisy = workshop.recipe("noisy", model={"name_or_path": "model", "lora": {**LORA, "dropout": 0.5}})
+    folder = train(noisy, quiet=True, report=False).folder
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(workshop.model)
+    monkeypatch.chdir(tmp_path)
+    model = load_policy(workshop.recipe("calm", model={"name_or_path": str(folder), "lora": LORA}).model)
+    dropouts = [m for name, m in model.named_modules() if name.endswith("lora_dropout.default")]
+    assert dropouts
+    assert not any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in dropouts)
