@@ -53,11 +53,9 @@ class CausalPolicy:
         batch = to_device(batch, self.dist.device)
         module = self.module if torch.is_grad_enabled() else self.bare
         with self.dist.autocast():
-            logits = module(
-                input_ids=batch.inputs["tokens"],
-                attention_mask=batch.inputs["attention"].long(),
-                use_cache=False,
-            ).logits
+            # No attention mask: padding is on the right, where causal attention never looks, and without a mask the
+            # fast causal kernels apply.
+            logits = module(input_ids=batch.inputs["tokens"], use_cache=False).logits
         logps, entropy, correct = token_logps(
             logits,
             batch.inputs["tokens"],
