@@ -195,7 +195,17 @@ def _load_all(
         _check_needs(groups, algorithm, recipe.algorithm.name, f"{block}.{i}", report)
         sources.append(groups)
         reports.append(report)
+    _tell_apart(_flat(sources))
     return sources, reports
+
+
+def _tell_apart(groups: Sequence[Group]) -> None:
+    """Number the ids that rows share, in place: samples, draws and parts of a round are found by id."""
+    seen: dict[str, int] = {}
+    for group in groups:
+        seen[group.id] = seen.get(group.id, 0) + 1
+        if seen[group.id] > 1:
+            group.id = f"{group.id}#{seen[group.id]}"
 
 
 def _check_needs(groups: Sequence[Group], algorithm: Algorithm[Any], name: str, where: str, report: DataReport) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from alignkit.core.contracts import World
 from alignkit.core.rng import permutation
-from alignkit.core.types import Batch, Row, Unit
+from alignkit.core.types import Batch, Group, Row, Unit
 
 
 class Progress:
@@ -49,15 +49,20 @@ class Round:
         self._parts: list[list[int]] = []
         self._cursor = 0
 
-    def begin(self, index: int, batch: Batch, units: list[Unit], world: World) -> None:
-        """Take a new round. Which unit falls into which part depends on the global order, never on the rank layout."""
+    def begin(self, index: int, batch: Batch, units: list[Unit], groups: list[Group], world: World) -> None:
+        """Take a new round: this rank's `units`, built of its share `groups`, in the order they were dealt.
+
+        Which unit falls into which part depends on the order of groups over all ranks, never on the rank layout,
+        however many units a group gives.
+        """
         self.index, self.batch, self._cursor = index, batch, 0
         self.groups = [unit[0].group for unit in units]
-        counts: list[int] = world.gather(len(units))
-        total = sum(counts)
-        # Groups are dealt to ranks like cards, so unit i of rank r stands at i * size + r when every group gives one.
-        places = sorted((i, r) for r, n in enumerate(counts) for i in range(n))
-        mine = {place: number for number, (place, r) in enumerate(places) if r == world.rank}
+        # Groups are dealt to ranks like cards: group i of rank r is number i * size + r of the round.
+        dealt = {group.id: i * world.size + world.rank for i, group in enumerate(groups)}
+        everyone: list[list[int]] = world.gather([dealt.get(name, -1) for name in self.groups])
+        places = sorted((place, i, r) for r, found in enumerate(everyone) for i, place in enumerate(found))
+        mine = {i: number for number, (_, i, r) in enumerate(places) if r == world.rank}
+        total = len(places)
         num_parts = math.ceil(total / self._batch_size)
         self._parts = []
         for epoch in range(self._epochs):

@@ -82,13 +82,15 @@ class Trainer:
                     self.roster.refresh(index)
                     units = algorithm.build(groups)
                     batch = self.roster.fill(collate(units, blank_like(units, self.dist.world)), needs.columns)
-                    self.round.begin(index, algorithm.annotate(batch, self.dist.world), units, self.dist.world)
+                    self.round.begin(index, algorithm.annotate(batch, self.dist.world), units, groups, self.dist.world)
                     if self.progress.step == 0 and self.config.step0_checks:
                         check_rows(self.policy, units, self.dist.dtype)
                 while (part := self.round.part()) is not None and self.progress.step < self.progress.total_steps:
                     self.update(part)
                     self.due()
                 self.engine.sync(self.progress.version)
+            if self.progress.step == 0 < self.progress.total_steps:
+                raise RunFailed("no row gave anything to train on: the algorithm built no unit of any of them")
             self.track.flush()
             self.evaluate()
             self.save()

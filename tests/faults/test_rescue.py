@@ -7,6 +7,7 @@ import pytest
 
 from alignkit.algorithms.dpo import DPO
 from alignkit.core.errors import RunFailed
+from alignkit.recipe import load_recipe
 from alignkit.run import resume, train
 from alignkit.testing import Bench, comparable_metrics, digest
 
@@ -65,3 +66,24 @@ def test_resume_with_other_software_says_so_and_with_other_state_refuses(tmp_pat
     (run / "checkpoint-1" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(RunFailed, match="its part 'track' lacks 'window': another version of alignkit"):
         resume(run, quiet=True, report=False)
+
+
+def test_a_run_that_has_nothing_to_learn_from_says_so(tmp_path):
+    rows = [{"prompt": "a", "completion": "b", "label": False}]
+    bench = Bench("sft", folder=tmp_path, rows=rows)
+    with pytest.raises(RunFailed, match="no row gave anything to train on"):
+        train(bench.recipe("run"), quiet=True, report=False)
+
+
+def test_rows_of_one_id_are_sampled_and_compared_apart(tmp_path):
+    bench = Bench("sft", folder=tmp_path)
+    held_out = tmp_path / "held_out.jsonl"
+    rows = [{"id": "same", "prompt": prompt, "completion": "b"} for prompt in ("ab", "cd", "ef")]
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = bench.recipe("run", max_steps=1)
+    blocks = {"data": [{"path": str(held_out)}], "num_samples": 3, "rewards": [{"name": "length"}]}
+    run = train(load_recipe({**recipe.model_dump(by_alias=True), "eval": blocks}), quiet=True, report=False).folder
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(line["step"], line["id"]) for line in samples] == [
+        (step, name) for step in (0, 1) for name in ("same", "same#2", "same#3")
+    ]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alignkit.core.types import Row, Unit
+from alignkit.core.types import Group, Row, Unit
 from alignkit.data.collate import collate
 from alignkit.loop.round import Progress, Round, blank_like
 
@@ -28,19 +28,28 @@ def units(*names: str) -> list[Unit]:
     return [(Row(tokens=[1, 2], trained=[False, True], group=name),) for name in names]
 
 
-def dealt(total: int, size: int, batch_size: int, epochs: int) -> list[set[str]]:
-    """The groups of every optimizer batch when `total` groups are dealt to `size` ranks."""
+def groups(*names: str) -> list[Group]:
+    return [Group(id=name, messages=[], prompt=[1]) for name in names]
+
+
+def dealt(total: int, size: int, batch_size: int, epochs: int, given: tuple[int, ...] = (1,)) -> list[set[str]]:
+    """The units of every optimizer batch when `total` groups are dealt to `size` ranks; group i gives `given[i]`."""
     names = [f"g{i}" for i in range(total)]
+    gives = {name: given[i % len(given)] for i, name in enumerate(names)}
     hands = [names[rank::size] for rank in range(size)]
+    built = [[name for name in hand for _ in range(gives[name])] for hand in hands]
+    said = [[names.index(name) for name in mine] for mine in built]
     parts: list[set[str]] = []
-    for rank, hand in enumerate(hands):
+    for rank, mine in enumerate(built):
         round_ = Round(0, batch_size, epochs)
-        round_.begin(3, collate(units(*hand)), units(*hand), SimulatedRank(rank, [len(h) for h in hands]))
+        made = units(*mine)
+        batch = collate(made, units("blank")[0])
+        round_.begin(3, batch, made, groups(*hands[rank]), SimulatedRank(rank, said))
         number = 0
         while (part := round_.part()) is not None:
             if rank == 0:
                 parts.append(set())
-            chosen = {round_.groups[i] for i in part}
+            chosen = {f"{mine[i]}.{mine[:i].count(mine[i])}" for i in part}
             assert not chosen & parts[number]
             parts[number] |= chosen
             round_.advance()
@@ -54,16 +63,22 @@ def test_parts_do_not_depend_on_the_number_of_ranks(size: int) -> None:
     assert dealt(11, size, batch_size=4, epochs=2) == dealt(11, 1, batch_size=4, epochs=2)
 
 
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_parts_do_not_depend_on_the_ranks_when_groups_give_different_numbers_of_units(size: int) -> None:
+    given = (2, 0, 1, 3)
+    assert dealt(11, size, 4, 2, given) == dealt(11, 1, 4, 2, given)
+
+
 def test_every_epoch_takes_every_unit_once_in_its_own_order() -> None:
     parts = dealt(11, 1, batch_size=4, epochs=2)
     assert [len(part) for part in parts] == [4, 4, 3, 4, 4, 3]
-    assert set().union(*parts[:3]) == set().union(*parts[3:]) == {f"g{i}" for i in range(11)}
+    assert set().union(*parts[:3]) == set().union(*parts[3:]) == {f"g{i}.0" for i in range(11)}
     assert parts[:3] != parts[3:]
 
 
 def test_a_rank_without_units_takes_part_with_nothing() -> None:
     round_ = Round(0, 4, 1)
-    round_.begin(0, collate([]), [], SimulatedRank(1, [1, 0]))
+    round_.begin(0, collate([]), [], [], SimulatedRank(1, [[0], []]))
     assert round_.part() == []
     round_.advance()
     assert round_.part() is None
@@ -72,7 +87,7 @@ def test_a_rank_without_units_takes_part_with_nothing() -> None:
 def test_half_a_round_is_taken_up_where_it_was_left() -> None:
     five = units("a", "b", "c", "d", "e")
     before = Round(0, 2, 1)
-    before.begin(4, collate(five), five, SimulatedRank(0, [5]))
+    before.begin(4, collate(five), five, groups("a", "b", "c", "d", "e"), SimulatedRank(0, [[0, 1, 2, 3, 4]]))
     before.advance()
     after = Round(0, 2, 1)
     after.load_state_dict(before.state_dict())
@@ -84,7 +99,7 @@ def test_half_a_round_is_taken_up_where_it_was_left() -> None:
 def test_a_spent_round_is_remembered_by_its_index_only() -> None:
     one = units("a")
     round_ = Round(0, 2, 1)
-    round_.begin(4, collate(one), one, SimulatedRank(0, [1]))
+    round_.begin(4, collate(one), one, groups(one[0][0].group), SimulatedRank(0, [[0]]))
     round_.advance()
     state = round_.state_dict()
     assert (state["index"], state["batch"], state["parts"], state["groups"]) == (4, None, [], [])
