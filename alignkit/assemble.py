@@ -36,7 +36,7 @@ from alignkit.loop.trainer import Trainer
 from alignkit.models.cache import LogpsCache
 from alignkit.models.config import ModelConfig, RosterModelConfig
 from alignkit.models.load import check_context, fingerprint, load_policy, load_renderer
-from alignkit.models.policy import CausalPolicy
+from alignkit.models.policy import CausalPolicy, ForwardOptions
 from alignkit.models.roster import AdapterReference, FrozenModel, Roster, ScoringModel
 from alignkit.recipe import Recipe
 from alignkit.rewards.pipeline import build_sources, check_columns, score_groups
@@ -45,6 +45,9 @@ from alignkit.rollout.given import GivenCompletions
 from alignkit.rollout.native import NativeEngine
 from alignkit.track.sinks import JsonlSink, make_sinks
 from alignkit.track.tracker import Tracker
+
+TRIED_GROUPS = 4
+"""Rows on which a model's way from rows to log-probabilities is tried before it is used."""
 
 
 @dataclass
@@ -99,11 +102,13 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
 
     bare = load_policy(recipe.model, recipe.seed)
     check_context(bare, recipe.train.max_length)
-    policy = CausalPolicy(bare.to(dist.device), dist)
+    policy = CausalPolicy(bare.to(dist.device), dist, _options(recipe.model))
     _check_weights(policy, recipe.model.name_or_path)
-    roster = _roster(recipe, policy, algorithm)
+    sample = algorithm.build(_longest_and_shortest(groups))
+    policy.try_path(sample)
+    roster = _roster(recipe, policy, algorithm, sample)
     optimizer = build_optimizer(policy.parameters(), recipe.train)
-    policy.module = dist.prepare(bare, optimizer)
+    policy.module = dist.prepare(policy.module, optimizer)
     stream = Stream(
         sources,
         [entry.weight for entry in recipe.data],
@@ -255,16 +260,31 @@ def _scorer(recipe: Recipe, held_out: Sequence[Group], renderer: Renderer) -> Ca
     return score
 
 
-def _roster(recipe: Recipe, policy: CausalPolicy, algorithm: Algorithm[Any]) -> Roster:
+def _options(model: ModelConfig) -> ForwardOptions:
+    return ForwardOptions(model.layout, model.attn_implementation, model.activation_offload)
+
+
+def _longest_and_shortest(groups: Sequence[Group]) -> list[Group]:
+    """A few rows on which the first use of a model is tried."""
+
+    def length(group: Group) -> int:
+        return len(group.prompt) + max(len(completion.tokens) for completion in group.completions)
+
+    ordered = sorted(groups, key=length, reverse=True)
+    return [*ordered[:TRIED_GROUPS], *ordered[TRIED_GROUPS:][-1:]]
+
+
+def _roster(recipe: Recipe, policy: CausalPolicy, algorithm: Algorithm[Any], sample: Sequence[Unit]) -> Roster:
     models: dict[str, ScoringModel] = {}
     caches: dict[str, LogpsCache] = {}
     for name in sorted({column.partition(".")[0] for column in algorithm.needs.columns} - {"policy", "behaviour"}):
         config = recipe.models.get(name, RosterModelConfig.model_validate({"from": "policy"}))
-        models[name] = _other_model(recipe.model, config, policy)
+        models[name] = _other_model(recipe.model, config, policy, sample)
         if config.precompute:
             start = policy.bare if config.source == "policy" else load_policy(_frozen(recipe.model, config.source))
             software = f"torch {torch.__version__} transformers {version('transformers')}"
-            identity = f"{fingerprint(start)} {recipe.model.dtype} {recipe.model.attn_implementation} {software}"
+            way = f"{recipe.model.dtype} {recipe.model.attn_implementation} {policy.path.layout}"
+            identity = f"{fingerprint(start)} {way} {software}"
             caches[name] = LogpsCache(identity, policy.dist.world)
     unknown = sorted(set(recipe.models) - set(models))
     if unknown:
@@ -279,11 +299,19 @@ def _frozen(model: ModelConfig, path: str) -> ModelConfig:
     return model.model_copy(update={"name_or_path": path, "lora": None, "gradient_checkpointing": False})
 
 
-def _other_model(model: ModelConfig, config: RosterModelConfig, policy: CausalPolicy) -> ScoringModel:
+def _other_model(
+    model: ModelConfig, config: RosterModelConfig, policy: CausalPolicy, sample: Sequence[Unit]
+) -> ScoringModel:
     if config.source == "policy" and model.lora is not None:
         return AdapterReference(policy)
     frozen = _frozen(model, model.name_or_path if config.source == "policy" else config.source)
-    return FrozenModel(lambda: CausalPolicy(load_policy(frozen).to(policy.dist.device), policy.dist))
+
+    def load() -> CausalPolicy:
+        loaded = CausalPolicy(load_policy(frozen).to(policy.dist.device), policy.dist, _options(frozen))
+        loaded.try_path(sample)
+        return loaded
+
+    return FrozenModel(load)
 
 
 def _starts_at_reference(recipe: Recipe, algorithm: Algorithm[Any], policy: CausalPolicy) -> bool:

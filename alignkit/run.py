@@ -316,7 +316,7 @@ def _headline(recipe: Recipe, run: Assembled) -> str:
     return (
         f"{recipe.algorithm.name}: {len(run.groups)} groups, {trainer.progress.total_steps} steps of "
         f"{recipe.train.batch_size} units on {trainer.dist.world.size} process(es); training {trained:,} of {total:,} "
-        f"weights in {recipe.model.dtype}, layout padded; run folder {trainer.folder}"
+        f"weights in {recipe.model.dtype}; {trainer.policy.path}; run folder {trainer.folder}"
     )
 
 

@@ -7,12 +7,14 @@ from dataclasses import replace
 from math import isfinite
 from typing import Any
 
+from torch import Tensor
+
 from alignkit.core.contracts import Algorithm, RolloutEngine
-from alignkit.core.types import Group
-from alignkit.data.collate import collate, cut, select_units, to_device, unit_lengths
+from alignkit.core.types import Batch, Forward, Group
+from alignkit.data.collate import collate, select_units
 from alignkit.dist.engine import DistEngine
 from alignkit.loop.config import EvalConfig
-from alignkit.loop.reduction import combine, common_metrics, global_counts
+from alignkit.loop.reduction import combine, common_metrics, drop_single_term, global_counts
 from alignkit.loop.round import blank_like
 from alignkit.models.policy import SCORING_TOKENS, CausalPolicy
 from alignkit.models.roster import Roster
@@ -85,18 +87,18 @@ class Evaluator:
         batch = self._algorithm.annotate(batch, world)
         index = list(range(batch.num_units)) if units else []
         counts = global_counts(batch, index, world)
-        lengths = unit_lengths(batch)
         totals: Totals = {}
-        for micro_index in cut([lengths[i] for i in index], batch.k, SCORING_TOKENS):
-            micro = to_device(select_units(batch, [index[i] for i in micro_index]), self._dist.device)
-            out = self._policy.forward(micro, self._algorithm.needs.outputs | EVAL_OUTPUTS)
-            terms, metrics = self._algorithm.loss(out, micro)
-            _, logged = combine(terms, micro, counts)
-            if len(terms) == 1:
-                del logged[f"loss/{next(iter(terms))}"]
-            common = common_metrics(out, micro)
-            del common["num_input_tokens"]
-            add(totals, {**logged, **metrics, **common})
+
+        def objective(out: Forward, some: Batch) -> Tensor:
+            terms, metrics = self._algorithm.loss(out, some)
+            loss, logged = combine(terms, some, counts)
+            add(totals, {**logged, **metrics, **common_metrics(out, some)})
+            return loss
+
+        for micro in self._policy.cut(batch, index, SCORING_TOKENS):
+            self._policy.loss(select_units(batch, micro), self._algorithm.needs.outputs | EVAL_OUTPUTS, objective)
+        totals.pop("num_input_tokens", None)
+        drop_single_term(totals)
         return {f"eval_{name}": value for name, value in values(reduce(totals, world)).items()}
 
     def _sampled(self, step: int) -> dict[str, float]:

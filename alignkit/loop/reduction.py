@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 import torch
 from torch import Tensor
@@ -56,6 +56,13 @@ def combine(terms: Terms, batch: Batch, counts: Counts) -> tuple[Tensor, dict[st
         raise ValueError("the loss returned no term")
     logged["loss"] = Metric(total.detach(), 1.0, "sum")
     return total, logged
+
+
+def drop_single_term(totals: MutableMapping[str, Metric]) -> None:
+    """Do not log a method's only term beside the loss, which it is."""
+    terms = [name for name in totals if name.startswith("loss/")]
+    if len(terms) == 1:
+        del totals[terms[0]]
 
 
 def common_metrics(out: Forward, batch: Batch) -> dict[str, Metric]:

@@ -14,19 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from alignkit.core.contracts import Algorithm, RolloutEngine, Stateful
 from alignkit.core.errors import Interrupted, RunFailed
 from alignkit.core.rng import key
-from alignkit.core.types import Batch, Group
-from alignkit.data.collate import collate, cut, select_units, to_device, unit_lengths
+from alignkit.core.types import Batch, Forward, Group
+from alignkit.data.collate import collate, select_units
 from alignkit.data.stream import Stream
 from alignkit.dist.engine import DistEngine
 from alignkit.loop.checkpoint import Checkpoints
 from alignkit.loop.config import TrainConfig
 from alignkit.loop.evaluate import Evaluator
 from alignkit.loop.failure import dump_batch, nonfinite_message
-from alignkit.loop.reduction import combine, common_metrics, emptied, global_counts
+from alignkit.loop.reduction import combine, common_metrics, drop_single_term, emptied, global_counts
 from alignkit.loop.round import Progress, Round, blank_like
 from alignkit.loop.signals import StopRequest
 from alignkit.loop.truths import check_closed_form, check_reference, check_rows
@@ -103,15 +104,18 @@ class Trainer:
         outputs = self.algorithm.needs.outputs | (LOGGED if self.track.wants(step) else frozenset())
         counts = global_counts(batch, part, self.dist.world)
         micros, totals = self.micros(batch, part), Totals()
+
+        def objective(out: Forward, some: Batch) -> Tensor:
+            if step == 1 and self.config.step0_checks and self.starts_at_reference:
+                check_reference(out.logps, some, self.dist.dtype)
+            terms, metrics = self.algorithm.loss(out, some)
+            loss, logged = combine(terms, some, counts)
+            add(totals, {**logged, **metrics, **common_metrics(out, some)})
+            return loss
+
         for i, micro in enumerate(micros):
             with self.dist.accumulate(last=i == len(micros) - 1):
-                out = self.policy.forward(micro, outputs)
-                if step == 1 and self.config.step0_checks and self.starts_at_reference:
-                    check_reference(out.logps, micro, self.dist.dtype)
-                terms, metrics = self.algorithm.loss(out, micro)
-                loss, logged = combine(terms, micro, counts)
-                self.dist.backward(loss)
-            add(totals, {**logged, **metrics, **common_metrics(out, micro)})
+                self.dist.backward(self.policy.loss(micro, outputs, objective))
         totals = reduce(totals, self.dist.world)
         found = values(totals)
         grad_norm = float(self.dist.grad_norm(self.policy.parameters(), self.config.max_grad_norm))
@@ -127,8 +131,7 @@ class Trainer:
         self.progress.step, self.progress.tokens = step, self.progress.tokens + tokens
         self.algorithm.observe(found)
         del totals["num_input_tokens"]
-        if len(terms) == 1:  # it is the loss
-            del totals[f"loss/{next(iter(terms))}"]
+        drop_single_term(totals)
         seconds = time.perf_counter() - started
         facts = {"epoch": self.stream.epoch, "learning_rate": learning_rate, "grad_norm": grad_norm}
         facts["num_tokens"] = self.progress.tokens
@@ -136,12 +139,10 @@ class Trainer:
 
     def micros(self, batch: Batch, part: list[int]) -> list[Batch]:
         """Micro-batches of this rank, equally many on every rank, padded with empty ones."""
-        lengths = unit_lengths(batch)
-        index = cut([lengths[i] for i in part], batch.k, self.config.micro_batch_tokens, self.config.micro_batch_size)
-        real = [select_units(batch, [part[i] for i in micro]) for micro in index]
+        index = self.policy.cut(batch, part, self.config.micro_batch_tokens, self.config.micro_batch_size)
+        real = [select_units(batch, micro) for micro in index]
         most = max(self.dist.world.gather(len(real)))
-        padded = real + [emptied(batch)] * (most - len(real))
-        return [to_device(micro, self.dist.device) for micro in padded]
+        return real + [emptied(batch)] * (most - len(real))
 
     def due(self) -> None:
         """What comes after a step: evaluation, checkpoint, and leaving when asked to."""

@@ -17,13 +17,13 @@ from torch import Tensor
 from alignkit.core.contracts import World
 from alignkit.core.errors import RunFailed
 from alignkit.core.types import Batch, Unit
-from alignkit.data.collate import collate, cut, select_units, unit_lengths
+from alignkit.data.collate import collate, select_units
 
 Bar = Callable[[list[list[int]], str], Iterable[list[int]]]
 """Iterates over chunks while showing how many are done, under a title."""
 
 CHUNK_TOKENS = 8192
-"""Padded tokens of one forward while filling. Fixed, so that cached numbers depend on no setting of a run."""
+"""Tokens of one forward while filling. Fixed, so that cached numbers depend on no setting of a run."""
 
 
 def cache_folder() -> Path:
@@ -70,11 +70,17 @@ class LogpsCache:
         return full
 
     def fill(
-        self, units: Sequence[Unit], score: Callable[[Batch], Tensor], progress: Callable[[str], None], bar: Bar
+        self,
+        units: Sequence[Unit],
+        score: Callable[[Batch], Tensor],
+        cut: Callable[[Batch, int], list[list[int]]],
+        progress: Callable[[str], None],
+        bar: Bar,
     ) -> None:
         """Know every row of `units`, from disk or by scoring. All ranks pass the same units and share the work.
 
-        `progress` takes a line for the user, `bar` shows how far an iteration is.
+        `cut` gives the units of a batch in parts of so many tokens, `progress` takes a line for the user, `bar` shows
+        how far an iteration is.
         """
         rows: dict[bytes, Unit] = {}
         for unit in units:
@@ -92,7 +98,7 @@ class LogpsCache:
         progress(f"scoring {len(keys)} rows once with the reference")
         batch = collate([rows[key] for key in keys])
         values: dict[int, np.ndarray] = {}
-        chunks = cut(unit_lengths(batch), 1, CHUNK_TOKENS)[self._world.rank :: self._world.size]
+        chunks = cut(batch, CHUNK_TOKENS)[self._world.rank :: self._world.size]
         for chunk in bar(chunks, "reference"):
             micro = select_units(batch, chunk)
             logps = score(micro).float().cpu()

@@ -33,7 +33,14 @@ class ModelConfig(Config):
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     attn_implementation: str | None = Field(None, description="as in transformers: sdpa, eager, flash_attention_2, …")
     trust_remote_code: bool = Field(False, description="run code that a hub repository ships")
-    layout: Literal["auto", "padded"] = Field("auto", description="how rows are laid out for the model")
+    layout: Literal["auto", "padded", "packed", "prefix_shared"] = Field(
+        "auto",
+        description="how rows are laid out for the model; speed and memory only, never results. auto = the best way it "
+        "can take; padded = plain rows and whole logits",
+    )
+    activation_offload: bool = Field(
+        False, description="keep what the forward pass saves for backward in the host's memory; GPUs only"
+    )
 
 
 class RosterModelConfig(Config):

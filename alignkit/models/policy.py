@@ -3,33 +3,166 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path as Folder
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from alignkit.core.types import Batch, Forward
-from alignkit.data.collate import to_device
+from alignkit.core.types import Batch, Forward, Row, Unit
+from alignkit.data.collate import collate, select_units, to_device
 from alignkit.dist.engine import DistEngine
+from alignkit.models.layout import Inputs, cut_batch, lay_out
 from alignkit.models.load import POLICY_ADAPTER, REFERENCE_ADAPTER
-from alignkit.ops.logps import shifted, token_logps
+from alignkit.models.offload import ActivationOffload
+from alignkit.models.paths import Path, causal_model, choose_path, first_failure, padded, refuse_if_asked, whole_logits
+from alignkit.ops.logps import Head, TokenScores, chunked_logps, one_pass_loss, picked_logps, unit_chunks
 
 SCORING_TOKENS = 8192
-"""Padded tokens of one no-grad forward."""
+"""Tokens of one no-grad forward."""
+LOGPS = frozenset({"logps"})
+FULL_PRECISION, LOW_PRECISION = 1e-4, 0.1
+"""Nats a token by which two ways of computing the same may differ on average, in float32 and in bfloat16."""
+
+Objective = Callable[[Forward, Batch], Tensor]
+"""What is said of some units of a batch, and these units → their share of the loss, a scalar."""
+
+
+@dataclass(frozen=True)
+class ForwardOptions:
+    """How a model is used, from the recipe's `model` block."""
+
+    layout: str = "auto"
+    attn_implementation: str | None = None
+    activation_offload: bool = False
+
+
+class _Scorer(nn.Module):
+    """Body, head and loss in one module: whatever wraps it for several processes sees every weight used in one call."""
+
+    def __init__(self, model: Any, dist: DistEngine, offload: bool) -> None:
+        super().__init__()
+        self.model = model
+        self._dist, self._offload = dist, offload
+
+    def forward(self, batch: Batch, outputs: frozenset[str], path: Path, objective: Objective | None) -> Any:
+        """Forward of a batch (on the CPU), or the loss that `objective` makes of its units."""
+        inputs = lay_out(batch, path.layout, self._dist.device)
+        whole = to_device(batch, self._dist.device)
+        targets = whole.inputs["tokens"][whole["mask"]]
+        wants = {"entropy": "entropy" in outputs, "correct": "correct" in outputs}
+        with self._dist.autocast():
+            head = path.head if "logits" not in outputs else None
+            if head is None:
+                logits = self._logits(inputs)
+                out = _forward_of(whole, picked_logps(logits, targets, **wants))
+                if "logits" in outputs:
+                    out = _with_logits(out, whole, logits)
+                return out if objective is None else objective(out, whole)
+            states = self._states(inputs)
+            if objective is not None and torch.is_grad_enabled():
+                return self._one_pass(batch, whole, states, head, targets, objective, wants)
+            out = _forward_of(whole, chunked_logps(states, head, targets, **wants))
+        return out if objective is None else objective(out, whole)
+
+    def _one_pass(
+        self,
+        batch: Batch,
+        whole: Batch,
+        states: Tensor,
+        head: Head,
+        targets: Tensor,
+        objective: Objective,
+        wants: dict[str, bool],
+    ) -> Tensor:
+        sizes = batch.by_unit(batch["mask"].sum(-1)).sum(-1).tolist()
+        units = unit_chunks(sizes, head.weight.shape[0] * 4)
+        bounds = [0, *torch.tensor(sizes).cumsum(0).tolist()]
+
+        def share(i: int, scores: TokenScores) -> Tensor:
+            first, stop = units[i]
+            part = whole
+            if len(units) > 1:
+                part = to_device(select_units(batch, range(first, stop)), self._dist.device)
+            return objective(_forward_of(part, scores), part)
+
+        chunks = [(bounds[first], bounds[stop]) for first, stop in units]
+        return one_pass_loss(states, head, targets, chunks, share, **wants)
+
+    def _states(self, inputs: Inputs) -> Tensor:
+        """The hidden state before each scored token, [S, hidden]."""
+        body = causal_model(self.model).base_model
+        with self._offloading():
+            states: Tensor = body(**_arguments(inputs)).last_hidden_state
+            return states.flatten(0, 1).index_select(0, inputs.scored)
+
+    def _logits(self, inputs: Inputs) -> Tensor:
+        """The model's own logits before each scored token, [S, V]."""
+        with self._offloading():
+            logits: Tensor = causal_model(self.model)(**_arguments(inputs)).logits
+            return logits.flatten(0, 1).index_select(0, inputs.scored)
+
+    def _offloading(self) -> Any:
+        on = self._offload and torch.is_grad_enabled() and self._dist.device.type != "cpu"
+        return ActivationOffload(self._dist.device) if on else nullcontext()
+
+
+def _arguments(inputs: Inputs) -> dict[str, Any]:
+    """Keyword arguments of a transformers model.
+
+    Padded rows go without an attention mask: padding is on the right, where causal attention never looks, and fast
+    causal kernels apply. For a stream an empty mask of four dimensions keeps transformers from building one of its own.
+    """
+    arguments: dict[str, Any] = {"input_ids": inputs.tokens, "use_cache": False}
+    if inputs.segments is not None:
+        arguments |= {
+            "position_ids": inputs.positions,
+            "attention_mask": inputs.tokens.new_empty(1, 1, 1, 1, dtype=torch.bool),
+            "segments": inputs.segments,
+        }
+    return arguments
+
+
+def _forward_of(batch: Batch, scores: TokenScores) -> Forward:
+    mask = batch["mask"]
+
+    def rows(x: Tensor) -> Tensor:
+        return x.new_zeros(mask.shape).masked_scatter(mask, x)
+
+    return Forward(
+        logps=rows(scores.logps),
+        entropy=None if scores.entropy is None else rows(scores.entropy),
+        correct=None if scores.correct is None else rows(scores.correct),
+    )
+
+
+def _with_logits(out: Forward, batch: Batch, logits: Tensor) -> Forward:
+    mask = batch["mask"]
+    full = logits.new_zeros(*mask.shape, logits.shape[-1])
+    full = full.masked_scatter(mask[..., None], logits)
+    return Forward(logps=out.logps, entropy=out.entropy, correct=out.correct, logits=full)
 
 
 class CausalPolicy:
-    """A transformers causal LM, full or with adapters, that scores padded batches.
+    """A transformers causal LM, full or with adapters, that scores batches.
 
-    `module` is what training forwards call (wrapped for several processes), `bare` the model itself.
+    `module` is what training forwards call (wrapped for several processes), `bare` the model itself, `path` the way it
+    takes from rows to log-probabilities.
+
+    Raises:
+        RecipeError: the model cannot take the layout that `options` name.
     """
 
-    def __init__(self, bare: Any, dist: DistEngine) -> None:
+    def __init__(self, bare: Any, dist: DistEngine, options: ForwardOptions | None = None) -> None:
+        options = options if options is not None else ForwardOptions()
         self.bare, self.dist = bare, dist
-        self.module: nn.Module = bare
+        self._layout = options.layout
+        self._scorer = _Scorer(bare, dist, options.activation_offload)
+        self.module: nn.Module = self._scorer
+        self.path = choose_path(bare, options.layout, options.attn_implementation)
 
     @property
     def is_peft(self) -> bool:
@@ -46,29 +179,65 @@ class CausalPolicy:
         return [p for p in self.bare.parameters() if p.requires_grad]
 
     def forward(self, batch: Batch, outputs: frozenset[str]) -> Forward:
-        """Log-probabilities (and what else `outputs` names) of a padded batch, on the run's device.
+        """Log-probabilities (and what else `outputs` names) of a batch, on the run's device.
 
-        Outside `torch.no_grad` it runs through the wrapped module, so that ranks exchange gradients.
+        Outside `torch.no_grad` it runs through the wrapped module, so that ranks exchange gradients. A loss costs less
+        through `loss`.
         """
-        batch = to_device(batch, self.dist.device)
-        module = self.module if torch.is_grad_enabled() else self.bare
-        with self.dist.autocast():
-            # No attention mask: padding is on the right, where causal attention never looks, and without a mask the
-            # fast causal kernels apply.
-            logits = module(input_ids=batch.inputs["tokens"], use_cache=False).logits
-        logps, entropy, correct = token_logps(
-            logits,
-            batch.inputs["tokens"],
-            batch["mask"],
-            entropy="entropy" in outputs,
-            correct="correct" in outputs,
-        )
-        return Forward(
-            logps=logps,
-            entropy=entropy,
-            correct=correct,
-            logits=shifted(logits) if "logits" in outputs else None,
-        )
+        out: Forward = self._module()(batch, outputs, self.path, None)
+        return out
+
+    def loss(self, batch: Batch, outputs: frozenset[str], objective: Objective) -> Tensor:
+        """The sum of `objective` over the units of a batch, some units at a time, without ever holding all logits.
+
+        `objective` sees each unit once, on the run's device, and must not look beyond the units it is given.
+        """
+        total: Tensor = self._module()(batch, outputs, self.path, objective)
+        return total
+
+    def cut(self, batch: Batch, index: Sequence[int], max_tokens: int, max_units: int | None = None) -> list[list[int]]:
+        """The units `index` of a batch in micro-batches of at most `max_tokens` tokens as this model is fed them."""
+        return cut_batch(batch, index, self.path.layout, max_tokens, max_units)
+
+    def try_path(self, units: Sequence[Unit]) -> None:
+        """Compare a first use of the path with padded rows and whole logits, and step back where they differ.
+
+        `units` are some of those that will be trained on; the longest counts most.
+
+        Raises:
+            RecipeError: they differ, and the recipe asked for this layout by name.
+        """
+        rows = _telling(units)
+        if self._layout == "padded" or not rows:
+            return
+        batch = collate([(row,) for row in rows])
+        plain = self._plain(batch, Path("padded", None))
+        if (reason := self._differs(batch, plain)) is None:
+            return
+        if self.path.layout != "padded":
+            refuse_if_asked(self._layout, reason)
+            self.path = padded(self.path, reason)
+            reason = self._differs(batch, plain)
+        if reason is not None:
+            self.path = whole_logits(self.path, reason)
+
+    def _plain(self, batch: Batch, path: Path) -> Tensor:
+        with self.evaluating():
+            logps: Tensor = self._scorer(batch, LOGPS, path, None).logps.float().cpu()
+        return logps[batch["mask"]]
+
+    def _differs(self, batch: Batch, plain: Tensor) -> str | None:
+        def compare() -> str | None:
+            off = float((self._plain(batch, self.path) - plain).abs().mean())
+            allowed = FULL_PRECISION if self.dist.dtype == torch.float32 else LOW_PRECISION
+            if off <= allowed:
+                return None
+            return f"at first use it gave other log-probabilities than padded rows, by {off:.2g} nats a token"
+
+        return first_failure(compare)
+
+    def _module(self) -> nn.Module:
+        return self.module if torch.is_grad_enabled() else self._scorer
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -94,7 +263,7 @@ class CausalPolicy:
         finally:
             self.bare.train(was_training)
 
-    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+    def save(self, folder: Folder, dtype: torch.dtype | None = None) -> None:
         """A folder plain transformers (or peft) loads, its weights in `dtype`; None = as they are trained.
 
         An adapter is small and stays as it is trained.
@@ -106,7 +275,7 @@ class CausalPolicy:
         else:
             _cast_copy(self.bare, dtype).save_pretrained(folder)
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Folder) -> None:
         """Weights from a folder `save` wrote, bit for bit."""
         if self.is_peft:
             from peft import load_peft_weights, set_peft_model_state_dict
@@ -120,6 +289,16 @@ class CausalPolicy:
     def broken_weights(self) -> list[str]:
         """Names of weights that hold nan or infinity."""
         return [name for name, p in self.bare.named_parameters() if not bool(torch.isfinite(p.detach()).all())]
+
+
+def _telling(units: Sequence[Unit]) -> list[Row]:
+    """Rows that show a wrong path: the longest with those of its unit, and the shortest."""
+    rows = [row for unit in units for row in unit if any(row.trained)]
+    if not rows:
+        return []
+    longest = max(units, key=lambda unit: max(len(row.tokens) for row in unit))
+    mates = [row for row in longest if any(row.trained)]
+    return [*mates, min(rows, key=lambda row: len(row.tokens))]
 
 
 def _cast_copy(model: Any, dtype: torch.dtype) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from alignkit.core.errors import RunFailed
 from alignkit.core.types import Batch, Forward, Unit
-from alignkit.data.collate import cut, select_units, unit_lengths
+from alignkit.data.collate import select_units
 from alignkit.models.cache import Bar, LogpsCache
 from alignkit.models.policy import SCORING_TOKENS, CausalPolicy
 
@@ -96,8 +96,11 @@ class Roster:
             if output != "logps" or name not in self._caches or not units:
                 continue
             cache, model = self._caches[name], self._models[name]
-            cache.fill(units, partial(_logps, model), progress, bar)
+            cache.fill(units, partial(_logps, model), self._cut, progress, bar)
             model.release()
+
+    def _cut(self, batch: Batch, max_tokens: int) -> list[list[int]]:
+        return self._policy.cut(batch, range(batch.num_units), max_tokens)
 
     def _column(self, batch: Batch, column: str) -> Tensor:
         name, _, output = column.partition(".")
@@ -108,7 +111,7 @@ class Roster:
                 return cached
         model = self._models[name] if name != "policy" else None
         parts: list[tuple[list[int], Tensor]] = []
-        for index in cut(unit_lengths(batch), batch.k, SCORING_TOKENS):
+        for index in self._cut(batch, SCORING_TOKENS):
             micro = select_units(batch, index)
             with self._policy.evaluating():
                 out = (model or self._policy).forward(micro, frozenset({output}))

@@ -1,9 +1,46 @@
-"""Logits → log-probabilities. The one place where position t of the logits meets token t + 1."""
+"""Hidden states and logits → log-probabilities. No caller ever holds the logits of more than one chunk.
+
+`token_logps` is the plain formula on whole logits. `one_pass_loss` is what training uses: it goes through the scored
+positions chunk by chunk, asks for the loss of a chunk as soon as its log-probabilities are there, and turns the logits
+in place into their gradient, so that three matrix products do (logits, gradient of the states, gradient of the
+weights) and one chunk is alive. `chunked_logps` serves callers whose loss comes later; it computes each chunk twice.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK_ELEMENTS = {"cpu": 2**19}
+"""Logits worked on at a time, so that the passes over them stay in a processor's cache; elsewhere all at once."""
+CHUNK_BYTES = 64 * 2**20
+"""Logits computed by one matrix product, where several units fit into it."""
+MAX_CHUNK_BYTES = 256 * 2**20
+"""A single unit whose logits are larger is computed twice, in pieces of `CHUNK_BYTES`."""
+
+
+class TokenScores(NamedTuple):
+    """Of S scored tokens, [S] each: log-probability in nats, and on demand entropy in nats, and 1.0 where no token was
+    more likely than the right one."""
+
+    logps: Tensor
+    entropy: Tensor | None
+    correct: Tensor | None
+
+
+@dataclass(frozen=True)
+class Head:
+    """Hidden state [hidden] → logits [V]: softcap(scale · (W h + b)), with softcap(x) = c · tanh(x / c)."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
 
 
 def shifted(logits: Tensor) -> Tensor:
@@ -23,7 +60,7 @@ def token_logps(
 
     Returns:
         logps in nats with `logps[n, t] = log p(tokens[t] | tokens[<t])`, 0 outside the mask; entropy in nats; correct
-        (1.0 where the most likely token was the right one).
+        (1.0 where no token was more likely than the right one).
 
     Raises:
         ValueError: the mask asks for the first token, which nothing predicts.
@@ -33,20 +70,301 @@ def token_logps(
     if mask.shape[1] == 0 or bool(mask[:, 0].any()):
         raise ValueError("the first token of a row has no prediction: its mask must be False")
     wanted = mask[:, 1:]
-    picked = logits[:, :-1][wanted]  # [S, V]
-    picked = picked if picked.dtype == torch.float64 else picked.float()
-    targets = tokens[:, 1:][wanted]  # [S]
-    normaliser = picked.logsumexp(-1)
-    values = picked.gather(-1, targets[:, None]).squeeze(-1) - normaliser
+    scores = picked_logps(logits[:, :-1][wanted], tokens[:, 1:][wanted], entropy=entropy, correct=correct)
 
-    def scatter(x: Tensor) -> Tensor:
-        full = x.new_zeros(mask.shape)
-        return full.masked_scatter(mask, x)
+    def scatter(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x)
 
-    ent = None
-    if entropy:
-        with torch.no_grad():
-            logp = picked - normaliser[:, None]
-            ent = scatter(-(logp.exp() * logp.where(logp > -1e30, 0.0)).sum(-1))
-    hits = scatter((picked.detach().argmax(-1) == targets).to(values.dtype)) if correct else None
-    return scatter(values), ent, hits
+    logps = scores.logps.new_zeros(mask.shape).masked_scatter(mask, scores.logps)
+    return logps, scatter(scores.entropy), scatter(scores.correct)
+
+
+def picked_logps(logits: Tensor, targets: Tensor, *, entropy: bool = False, correct: bool = False) -> TokenScores:
+    """`TokenScores` from logits [S, V] (upcast to float32) and the ids [S] they should predict, by autograd."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logps = logits.log_softmax(-1)
+    picked = logps.gather(-1, targets[:, None]).squeeze(-1)
+    with torch.no_grad():
+        return TokenScores(
+            picked,
+            -(logps.exp() * logps.clamp(min=-1e30)).sum(-1) if entropy else None,
+            (picked >= logps.amax(-1)).to(picked.dtype) if correct else None,
+        )
+
+
+class HeadChunk:
+    """Some positions on their way: states → logits → probabilities → gradient of the logits, all in one buffer.
+
+    Runs without autograd. Matrix products are in the dtype of autocast, everything between them in float32 (float64 for
+    float64 weights).
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        weight: Tensor,
+        targets: Tensor,
+        *,
+        buffer: Tensor,
+        entropy: bool,
+        correct: bool,
+        backward: bool,
+    ) -> None:
+        """`weight` is the head's in the dtype of the products, `buffer` [at least S, V] in that of the logits."""
+        self._hidden, self._head, self._weight, self._targets = hidden.to(weight.dtype), head, weight, targets
+        self._z = buffer[: len(targets)]
+        product = torch.mm(self._hidden, weight.t(), **({"out": self._z} if self._z.dtype == weight.dtype else {}))
+        if product is not self._z:
+            self._z.copy_(product)
+        if head.bias is not None:
+            self._z.add_(head.bias)
+        if head.scale != 1.0:
+            self._z.mul_(head.scale)
+        size = len(targets)
+        self._normaliser = self._z.new_empty(size) if head.softcap is not None else None
+        self.scores = TokenScores(
+            self._z.new_empty(size),
+            self._z.new_empty(size) if entropy else None,
+            self._z.new_empty(size) if correct else None,
+        )
+        for where in self._blocks():
+            self._normalise(where, backward)
+
+    def _blocks(self) -> list[slice]:
+        size, vocabulary = self._z.shape
+        rows = max(1, BLOCK_ELEMENTS.get(self._z.device.type, self._z.numel()) // max(1, vocabulary))
+        return [slice(start, min(start + rows, size)) for start in range(0, size, rows)]
+
+    def _normalise(self, where: slice, backward: bool) -> None:
+        """Logits → log-probabilities, the scores taken → probabilities where a gradient will be asked for."""
+        z, targets = self._z[where], self._targets[where]
+        if self._head.softcap is not None:
+            z.div_(self._head.softcap).tanh_().mul_(self._head.softcap)
+            at_first = z[:, 0].clone()
+        torch._log_softmax(z, -1, False, out=z)
+        if self._normaliser is not None:
+            self._normaliser[where] = at_first - z[:, 0]
+        picked = z.gather(-1, targets[:, None]).squeeze(-1)
+        self.scores.logps[where] = picked
+        if self.scores.correct is not None:
+            self.scores.correct[where] = (picked >= z.amax(-1)).to(z.dtype)
+        if self.scores.entropy is not None:
+            p = z.exp()
+            self.scores.entropy[where] = -torch.linalg.vecdot(p, z.clamp_(min=-1e30))
+            if backward and self._head.softcap is None:
+                z.copy_(p)
+        elif backward and self._head.softcap is None:
+            z.exp_()
+
+    def backward(self, grad: Tensor, hidden_grad: Tensor, weight_grad: Tensor | None, bias_grad: Tensor | None) -> None:
+        """Write the gradient [S, hidden] for d loss / d logps = `grad` [S], and add those of the weights."""
+        grad = grad.to(self._z.dtype)
+        for where in self._blocks():
+            z, g = self._z[where], grad[where, None]
+            if self._head.softcap is not None:
+                assert self._normaliser is not None
+                slope = 1 - ((z + self._normaliser[where, None]) / self._head.softcap).square_()
+                z.exp_()
+            z.mul_(-g).scatter_add_(-1, self._targets[where, None], g)
+            if self._head.softcap is not None:
+                z.mul_(slope)
+            if self._head.scale != 1.0:
+                z.mul_(self._head.scale)
+        z = self._z.to(self._weight.dtype)
+        if hidden_grad.dtype == z.dtype:
+            torch.mm(z, self._weight, out=hidden_grad)
+        else:
+            hidden_grad.copy_(torch.mm(z, self._weight))
+        if weight_grad is not None:
+            if weight_grad.dtype == z.dtype:
+                weight_grad.addmm_(z.t(), self._hidden)
+            else:
+                weight_grad.add_(torch.mm(z.t(), self._hidden))
+        if bias_grad is not None:
+            bias_grad.add_(self._z.sum(0))
+
+
+Objective = Callable[[int, TokenScores], Tensor]
+"""Number of a chunk and its scores, whose `logps` require a gradient → that chunk's share of the loss, a scalar."""
+
+
+class _Sweep:
+    """The chunks of one batch of positions, over one buffer."""
+
+    def __init__(
+        self, hidden: Tensor, head: Head, targets: Tensor, *, entropy: bool = False, correct: bool = False
+    ) -> None:
+        device = hidden.device.type
+        wide = head.weight.dtype if head.weight.dtype == torch.float64 else torch.float32
+        self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+        self.hidden, self.head, self.targets = hidden.detach(), head, targets
+        self.weight = head.weight.detach().to(self.dtype)
+        self._wide, self._wants = wide, {"entropy": entropy, "correct": correct}
+        self._buffer = hidden.new_empty(0, dtype=wide)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one position's logits."""
+        return self.weight.shape[0] * self._wide.itemsize
+
+    def pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The range cut into pieces of `CHUNK_BYTES`."""
+        size = max(1, CHUNK_BYTES // self.row_bytes)
+        return [(a, min(a + size, stop)) for a in range(start, stop, size)]
+
+    def chunk(self, start: int, stop: int, *, backward: bool, again: bool = False) -> HeadChunk:
+        """Positions start … stop - 1; the chunk before is overwritten. `again`: only for the gradient."""
+        if len(self._buffer) < stop - start:
+            self._buffer = self.hidden.new_empty(0, dtype=self._wide)  # free before taking more
+            self._buffer = self.hidden.new_empty(stop - start, self.weight.shape[0], dtype=self._wide)
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            return HeadChunk(
+                self.hidden[start:stop],
+                self.head,
+                self.weight,
+                self.targets[start:stop],
+                buffer=self._buffer,
+                backward=backward,
+                **({"entropy": False, "correct": False} if again else self._wants),
+            )
+
+    def scores(self, start: int, stop: int) -> TokenScores:
+        """Scores of a range of any length, in pieces; no gradient will be asked for."""
+        parts = [self.chunk(a, b, backward=False).scores for a, b in self.pieces(start, stop)]
+        if not parts:
+            empty = self.hidden.new_zeros(0, dtype=self._wide)
+            return TokenScores(
+                empty, empty if self._wants["entropy"] else None, empty if self._wants["correct"] else None
+            )
+        return TokenScores(*(None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True)))  # type: ignore[arg-type]
+
+
+class _Gradients:
+    """What a sweep's backward fills: the gradients of states and of the head's trainable weights."""
+
+    def __init__(self, sweep: _Sweep, needs: Sequence[bool]) -> None:
+        wants_weight, wants_bias = needs[1], needs[2]
+        head = sweep.head
+        self._hidden = torch.zeros_like(sweep.hidden)
+        self._weight = torch.zeros_like(head.weight) if wants_weight else None
+        self._bias = torch.zeros_like(head.bias) if head.bias is not None and wants_bias else None
+
+    def add(self, chunk: HeadChunk, start: int, stop: int, grad: Tensor) -> None:
+        """The share of positions start … stop - 1."""
+        with torch.autocast(self._hidden.device.type, enabled=False):
+            chunk.backward(grad, self._hidden[start:stop], self._weight, self._bias)
+
+    def all(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of states, weight and bias."""
+        return self._hidden, self._weight, self._bias
+
+
+class _OnePassLoss(torch.autograd.Function):
+    """The gradient is known when the loss is; backward only scales it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        sweep: _Sweep,
+        chunks: Sequence[tuple[int, int]],
+        objective: Objective,
+    ) -> Tensor:
+        gradients = _Gradients(sweep, ctx.needs_input_grad)
+        total: Tensor | None = None
+        for i, (start, stop) in enumerate(chunks):
+            fits = (stop - start) * sweep.row_bytes <= MAX_CHUNK_BYTES
+            chunk = sweep.chunk(start, stop, backward=True) if fits else None
+            scores = chunk.scores if chunk is not None else sweep.scores(start, stop)
+            leaf = scores.logps.detach().requires_grad_()
+            with torch.enable_grad():
+                loss = objective(i, scores._replace(logps=leaf))
+                (grad,) = torch.autograd.grad(loss, leaf) if loss.requires_grad else (torch.zeros_like(leaf),)
+            total = loss.detach() if total is None else total + loss.detach()
+            if chunk is not None:
+                gradients.add(chunk, start, stop, grad)
+            else:
+                for a, b in sweep.pieces(start, stop):
+                    gradients.add(sweep.chunk(a, b, backward=True, again=True), a, b, grad[a - start : b - start])
+        assert total is not None
+        ctx.gradients = gradients.all()
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """Scale what forward left, in place: it is used once."""
+        scaled = (None if x is None else x.mul_(grad.to(x.dtype)) for x in ctx.gradients)
+        return (*scaled, None, None, None)
+
+
+def one_pass_loss(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    chunks: Sequence[tuple[int, int]],
+    objective: Objective,
+    *,
+    entropy: bool = False,
+    correct: bool = False,
+) -> Tensor:
+    """Σ over chunks of `objective(i, scores of chunk i)`, a scalar whose backward costs nothing more.
+
+    Args:
+        hidden: [S, hidden], the state that predicts each of `targets` [S].
+        chunks: (start, stop) in S, in order, covering it. A chunk's share of the loss may depend on its own scores
+            only. `unit_chunks` cuts them to a good size.
+        objective: see `Objective`.
+        entropy, correct: also compute these scores.
+    """
+    sweep = _Sweep(hidden, head, targets, entropy=entropy, correct=correct)
+    loss: Tensor = _OnePassLoss.apply(hidden, head.weight, head.bias, sweep, chunks, objective)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def unit_chunks(sizes: Sequence[int], row_bytes: int) -> list[tuple[int, int]]:
+    """Units of `sizes` positions each → (first, last + 1) units whose logits fit into `CHUNK_BYTES` together."""
+    chunks: list[tuple[int, int]] = []
+    filled = 0
+    for i, size in enumerate(sizes):
+        if chunks and (filled + size) * row_bytes <= CHUNK_BYTES:
+            chunks[-1] = (chunks[-1][0], i + 1)
+            filled += size
+        else:
+            chunks.append((i, i + 1))
+            filled = size
+    return chunks
+
+
+class _ChunkedLogps(torch.autograd.Function):
+    """Log-probabilities now, gradient later: backward computes each chunk's logits again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, sweep: _Sweep
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        ctx.sweep = sweep
+        scores = sweep.scores(0, len(sweep.targets))
+        ctx.mark_non_differentiable(*(x for x in (scores.entropy, scores.correct) if x is not None))
+        return tuple(scores)  # type: ignore[return-value]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+        sweep: _Sweep = ctx.sweep
+        gradients = _Gradients(sweep, ctx.needs_input_grad)
+        for start, stop in sweep.pieces(0, len(sweep.targets)):
+            gradients.add(sweep.chunk(start, stop, backward=True, again=True), start, stop, grad[start:stop])
+        return (*gradients.all(), None)
+
+
+def chunked_logps(
+    hidden: Tensor, head: Head, targets: Tensor, *, entropy: bool = False, correct: bool = False
+) -> TokenScores:
+    """Scores of `targets` [S] from the states [S, hidden] that predict them; differentiable in `logps`."""
+    sweep = _Sweep(hidden, head, targets, entropy=entropy, correct=correct)
+    scores = _ChunkedLogps.apply(hidden, head.weight, head.bias, sweep)  # type: ignore[no-untyped-call]
+    return TokenScores(*scores)

@@ -190,13 +190,22 @@ def test_reference_leaves_memory_after_precomputing(workshop, own_cache, monkeyp
     assert len(made) == 1  # found without loading it again
 
 
+def whole_batch(batch, max_tokens):
+    assert max_tokens > 0
+    return [list(range(batch.num_units))]
+
+
 def test_rows_are_told_apart_by_their_mask(tmp_path):
     """The same tokens with other trained ones have other numbers to keep."""
     cache = LogpsCache("model", LocalWorld(), tmp_path)
     tokens = [5, 6, 7, 8]
     half, whole = Row(tokens, [False, False, True, True]), Row(tokens, [False, True, True, True])
     cache.fill(
-        [(half,), (whole,)], lambda batch: -batch.inputs["tokens"].float() * batch["mask"], lambda _: None, no_bar
+        [(half,), (whole,)],
+        lambda batch: -batch.inputs["tokens"].float() * batch["mask"],
+        whole_batch,
+        lambda _: None,
+        no_bar,
     )
     found = cache.lookup(collate([(whole,), (half,)]))
     assert found.tolist() == [[0, -6, -7, -8], [0, 0, -7, -8]]
@@ -211,10 +220,10 @@ def test_cached_numbers_are_read_back_bit_for_bit(tmp_path):
         return torch.randn(batch["mask"].shape, generator=generator)
 
     first, second = (LogpsCache("model", LocalWorld(), tmp_path) for _ in range(2))
-    first.fill(rows, score, lambda _: None, no_bar)
-    second.fill(rows, lambda batch: pytest.fail("scored again"), lambda _: None, no_bar)
+    first.fill(rows, score, whole_batch, lambda _: None, no_bar)
+    second.fill(rows, lambda batch: pytest.fail("scored again"), whole_batch, lambda _: None, no_bar)
     batch = collate(rows)
     assert torch.equal(first.lookup(batch), second.lookup(batch))
     other = LogpsCache("another model", LocalWorld(), tmp_path)
     with pytest.raises(pytest.fail.Exception):
-        other.fill(rows, lambda batch: pytest.fail("scored again"), lambda _: None, no_bar)
+        other.fill(rows, lambda batch: pytest.fail("scored again"), whole_batch, lambda _: None, no_bar)
