@@ -283,7 +283,8 @@ def _roster(recipe: Recipe, policy: CausalPolicy, algorithm: Algorithm[Any], sam
         if config.precompute:
             start = policy.bare if config.source == "policy" else load_policy(_frozen(recipe.model, config.source))
             software = f"torch {torch.__version__} transformers {version('transformers')}"
-            way = f"{recipe.model.dtype} {recipe.model.attn_implementation} {policy.path.layout}"
+            head = "whole" if policy.path.head is None else "chunked"
+            way = f"{recipe.model.dtype} {recipe.model.attn_implementation} {policy.path.layout} {head}"
             identity = f"{fingerprint(start)} {way} {software}"
             caches[name] = LogpsCache(identity, policy.dist.world)
     unknown = sorted(set(recipe.models) - set(models))

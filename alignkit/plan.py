@@ -22,6 +22,13 @@ from alignkit.recipe import Recipe, check_paths, departures, find_algorithm
 PEEKED_ROWS = 64
 COUNTED_BYTES = 256 * 2**20
 """Files larger than this are not counted: `check` answers at once."""
+LAYOUTS = {
+    "auto": "rows packed without padding, a shared prompt once, as far as the model can; the run says how it went",
+    "padded": "padded rows and whole logits, for every model",
+    "packed": "rows packed without padding; refused where the model cannot",
+    "prefix_shared": "rows packed without padding, a shared prompt once; refused where the model cannot",
+}
+"""`model.layout` in words."""
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -143,12 +150,13 @@ def _batch_lines(recipe: Recipe, needs: Needs) -> Iterator[str]:
     fitting = min(fitting, train.micro_batch_size or fitting)
     most = ceil(-(-train.batch_size // ranks) / fitting)
     forwards = "1 forward" if most == 1 else f"1 to {most} forwards"
+    yield f"layout      {recipe.model.layout}: {LAYOUTS[recipe.model.layout]}"
     yield (
-        f"forward     {train.micro_batch_tokens} padded tokens hold {fitting} × {unit} at max_length "
+        f"forward     {train.micro_batch_tokens} tokens as laid out hold {fitting} × {unit} at max_length "
         f"{train.max_length}; {forwards} a step"
     )
     if train.max_length * rows > train.micro_batch_tokens:
-        yield f"            a {unit} is never cut: one at max_length takes {train.max_length * rows} tokens"
+        yield f"            a {unit} is never cut: one at max_length takes up to {train.max_length * rows} tokens"
     yield f"length      {_length(recipe)}"
 
 

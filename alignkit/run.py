@@ -274,6 +274,7 @@ def _write_facts(recipe: Recipe, folder: Path, run: Assembled, world_size: int) 
         "seed": recipe.seed,
         "recipe_sha256": hashlib.sha256(dump_recipe(recipe).encode()).hexdigest(),
         "data_sha256": _data_sha256([*run.groups, *run.held_out]),
+        "computation": str(run.trainer.policy.path),
     }
     _replace(folder / "run.lock", json.dumps(lock, indent=1) + "\n")
 
@@ -316,7 +317,8 @@ def _headline(recipe: Recipe, run: Assembled) -> str:
     return (
         f"{recipe.algorithm.name}: {len(run.groups)} groups, {trainer.progress.total_steps} steps of "
         f"{recipe.train.batch_size} units on {trainer.dist.world.size} process(es); training {trained:,} of {total:,} "
-        f"weights in {recipe.model.dtype}; {trainer.policy.path}; run folder {trainer.folder}"
+        f"weights in {recipe.model.dtype}; run folder {trainer.folder}\n"
+        f"computed with {trainer.policy.path}"
     )
 
 

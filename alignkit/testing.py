@@ -30,7 +30,9 @@ from alignkit.core.contracts import Algorithm
 from alignkit.core.registry import register
 from alignkit.dist.engine import DistEngine
 from alignkit.loop.trainer import Trainer
+from alignkit.models import attention
 from alignkit.models.load import DTYPES
+from alignkit.ops import logps as head
 from alignkit.recipe import Recipe, dump_recipe, load_recipe
 from alignkit.run import resume, train
 
@@ -39,6 +41,8 @@ NUM_ROWS = 7
 """Odd, so that no micro-batch or rank count divides it."""
 TOLERANCE = 1e-6
 """Relative L2 between gradients, and relative difference of metrics, float32."""
+LAYOUT_TOLERANCE = 2e-6
+"""The same between layouts, which add up the same numbers in other orders."""
 TIMINGS = ("step_time", "perf/", "memory/", "train_runtime")
 
 
@@ -72,6 +76,7 @@ def assert_conforms(
         check_overfits(bench)
         check_micro_batches(bench)
         check_order(bench)
+        check_layouts(bench)
         check_resume(bench)
         if world_size > 1:
             check_world_size(bench, world_size)
@@ -97,8 +102,8 @@ class Bench:
         self.rows = list(rows) if rows is not None else toy_rows(self.algorithm, NUM_ROWS)
         self.data.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
 
-    def recipe(self, run: str, *, seed: int = 0, **settings: Any) -> Recipe:
-        """A recipe of this algorithm on these rows; `settings` go into its `train` block."""
+    def recipe(self, run: str, *, seed: int = 0, model: Mapping[str, Any] | None = None, **settings: Any) -> Recipe:
+        """A recipe of this algorithm on these rows; `model` goes into that block, `settings` into `train`."""
         training = {
             "num_epochs": 1,
             "batch_size": len(self.rows),
@@ -111,7 +116,7 @@ class Bench:
             {
                 "seed": seed,
                 "output_dir": str(self.folder / run),
-                "model": {"name_or_path": str(self.model), "dtype": "float32"},
+                "model": {"name_or_path": str(self.model), "dtype": "float32", **(model or {})},
                 "data": [{"path": str(self.data)}],
                 "algorithm": {"name": self.name, **self.config},
                 "train": {**training, **settings},
@@ -150,12 +155,38 @@ def check_order(bench: Bench) -> None:
     _assert_same_steps(bench, {f"seed {seed}": bench.recipe(f"order-{seed}", seed=seed) for seed in (0, 1)})
 
 
+def check_layouts(bench: Bench) -> None:
+    """One gradient and one set of metrics however rows are laid out and the head is cut, all of it against padded rows
+    and whole logits."""
+    shared = {"layout": "prefix_shared"}
+    vocabulary_bytes = 4 * len(build_tiny_tokenizer())
+    ways: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+        "padded rows": ({"layout": "padded"}, {}),
+        "packed rows": ({"layout": "packed"}, {}),
+        "shared prompts": (shared, {}),
+        "shared prompts in the cascade": (shared, {"dense_tokens": 0}),
+        "a chunk for every unit": (shared, {"chunk_bytes": 1}),
+        "units larger than a chunk": (shared, {"chunk_bytes": 3 * vocabulary_bytes, "max_chunk_bytes": 1}),
+        "recomputed activations": ({**shared, "gradient_checkpointing": True}, {"dense_tokens": 0}),
+    }
+    steps = {}
+    for label, (model, sizes) in ways.items():
+        with engine_sizes(**sizes):
+            steps[label] = gradient_step(bench.recipe(f"layout-{label.replace(' ', '-')}", model=model))
+    _assert_same(
+        bench,
+        steps,
+        LAYOUT_TOLERANCE,
+        "the loss looks beyond the units it is handed, or reaches the weights by another way than `out.logps`",
+    )
+
+
 def check_resume(bench: Bench) -> None:
     """Killed inside any step and resumed, the run ends with the same bits and the same metrics.
 
     Two passes over every round, so that some kills fall inside one.
     """
-    settings = {"batch_size": 3, "num_epochs": 1, "epochs_per_round": 2, "save_steps": 2}
+    settings: dict[str, Any] = {"batch_size": 3, "num_epochs": 1, "epochs_per_round": 2, "save_steps": 2}
     whole = train(bench.recipe("whole", **settings), quiet=True, report=False)
     expected = digest(whole.folder), comparable_metrics(whole.folder)
     for step in range(1, whole.steps + 1):
@@ -337,12 +368,17 @@ def save_quietly(folder: Path, model: Any, tokenizer: Any) -> Path:
 
 
 def toy_rows(algorithm: type[Algorithm[Any]], count: int) -> list[dict[str, Any]]:
-    """Rows that fit an algorithm's needs: answers in upper case are good, in lower case bad, of many lengths."""
+    """Rows that fit an algorithm's needs: answers in upper case are good, in lower case bad, of many lengths.
+
+    Every third asks what the one before it asked: some layouts share prompts.
+    """
     needs = algorithm.needs
     draw = random.Random(0)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for i in range(count):
         prompt = "".join(draw.choices(SYMBOLS[:26], k=draw.randint(2, 12)))
+        if i % 3 == 2:
+            prompt = rows[-1]["prompt"]
         answers = [
             "".join(draw.choices(SYMBOLS[27:] if j == 0 else SYMBOLS[:26], k=draw.randint(1, 16)))
             for j in range(max(1, needs.completions))
@@ -361,16 +397,26 @@ def toy_rows(algorithm: type[Algorithm[Any]], count: int) -> list[dict[str, Any]
 
 
 def _assert_same_steps(bench: Bench, recipes: Mapping[str, Recipe]) -> None:
-    steps = {label: gradient_step(recipe) for label, recipe in recipes.items()}
+    _assert_same(
+        bench,
+        {label: gradient_step(recipe) for label, recipe in recipes.items()},
+        TOLERANCE,
+        "the loss averages for itself, or a statistic of the batch is not in `annotate`",
+    )
+
+
+def _assert_same(
+    bench: Bench, steps: Mapping[str, tuple[dict[str, Tensor], dict[str, float]]], tolerance: float, cause: str
+) -> None:
     (first, (gradient, metrics)), *others = steps.items()
     assert gradient, f"{bench.name}: no weight has a gradient"
     for label, (found, logged) in others:
         difference = relative_difference(found, gradient)
-        assert difference <= TOLERANCE, (
+        assert difference <= tolerance, (
             f"{bench.name}: the gradient of {label} differs from that of {first} by {difference:.2g} (relative L2, "
-            f"allowed {TOLERANCE:g}): the loss averages for itself, or a statistic of the batch is not in `annotate`"
+            f"allowed {tolerance:g}): {cause}"
         )
-        _assert_close_metrics(bench, label, [logged], [metrics], TOLERANCE)
+        _assert_close_metrics(bench, label, [logged], [metrics], tolerance)
 
 
 def _assert_close_metrics(
@@ -388,6 +434,28 @@ def _assert_close_metrics(
             # before the first step margins are differences of equal numbers: rounding is all there is
             close = abs(got[name] - want[name]) <= tolerance * max(1.0, abs(want[name]))
             assert close, f"{bench.name}: {name} is {got[name]!r} with {label}, {want[name]!r} without"
+
+
+@contextmanager
+def engine_sizes(
+    *, chunk_bytes: int | None = None, max_chunk_bytes: int | None = None, dense_tokens: int | None = None
+) -> Iterator[None]:
+    """Sizes at which the engine changes its way, set so that a tiny model meets all of them.
+
+    `chunk_bytes` of logits are computed at a time, a unit of more than `max_chunk_bytes` twice; streams up to
+    `dense_tokens` are one masked attention call.
+    """
+    places = [(head, "CHUNK_BYTES"), (head, "MAX_CHUNK_BYTES"), (attention, "DENSE_TOKENS")]
+    asked = zip(places, (chunk_bytes, max_chunk_bytes, dense_tokens), strict=True)
+    before = [(module, name, getattr(module, name)) for module, name in places]
+    for (module, name), size in asked:
+        if size is not None:
+            setattr(module, name, size)
+    try:
+        yield
+    finally:
+        for module, name, size in before:
+            setattr(module, name, size)
 
 
 @contextmanager
@@ -411,6 +479,7 @@ __all__ = [
     "Bench",
     "assert_conforms",
     "check_config",
+    "check_layouts",
     "check_micro_batches",
     "check_order",
     "check_overfits",

@@ -8,14 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 import alignkit
 from alignkit import cli
 from alignkit.core.errors import EnvironmentProblem, RecipeError, RunFailed
-from alignkit.plan import check, count_rows
+from alignkit.models.config import ModelConfig
+from alignkit.plan import LAYOUTS, check, count_rows
 from alignkit.recipe import load_recipe, shipped_recipes
 
 HEAVY = ("torch", "transformers", "datasets", "trl", "peft", "matplotlib")
@@ -250,6 +251,25 @@ def test_check_spells_out_the_arithmetic(monkeypatch: pytest.MonkeyPatch, capsys
     assert "10 or 11 on each of 3 processes" in "\n".join(check(load_recipe("r.yaml", overrides)))
     assert run(monkeypatch, "-q", "check", "r.yaml") == 0
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ("auto", "a shared prompt once, as far as the model can"),
+        ("padded", "padded rows and whole logits"),
+        ("packed", "without padding; refused where the model cannot"),
+        ("prefix_shared", "a shared prompt once; refused where the model cannot"),
+    ],
+)
+def test_check_says_how_rows_are_laid_out(layout: str, said: str) -> None:
+    (line,) = [line for line in check(load_recipe("r.yaml", [f"model.layout={layout}"])) if line.startswith("layout ")]
+    assert line.startswith(f"layout      {layout}: ")
+    assert said in line
+
+
+def test_every_layout_has_its_words() -> None:
+    assert LAYOUTS.keys() == set(get_args(ModelConfig.model_fields["layout"].annotation))
 
 
 @pytest.mark.parametrize(

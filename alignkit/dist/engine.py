@@ -50,6 +50,15 @@ class DistEngine:
         prepared: nn.Module = self._module
         return prepared
 
+    def seed(self, number: int) -> None:
+        """Start the random numbers of this process's device anew.
+
+        `torch.manual_seed` also leaves a note for every kind of device this machine does not have, at every call.
+        """
+        torch.default_generator.manual_seed(number)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(number)
+
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """The recipe's dtype for the forward pass; float32 means no autocast."""

@@ -18,7 +18,9 @@ class TrainConfig(Config):
     num_epochs: float = Field(1.0, gt=0, description="passes over the data; max_steps wins when given")
     max_steps: int | None = Field(None, ge=0, description="optimizer steps; null = num_epochs decides")
     batch_size: int = Field(32, ge=1, description="units of one optimizer step over all ranks (pairs in DPO)")
-    micro_batch_tokens: int = Field(16384, ge=1, description="padded tokens of one forward; memory only, never results")
+    micro_batch_tokens: int = Field(
+        16384, ge=1, description="tokens of one forward as they are laid out; memory only, never results"
+    )
     micro_batch_size: int | None = Field(
         None, ge=1, description="at most so many units in one forward; null = no limit"
     )
@@ -36,7 +38,7 @@ class TrainConfig(Config):
     save_steps: int = Field(500, ge=0, description="0 = only at the end and when interrupted")
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept, newest first")
     logging_steps: int = Field(1, ge=1)
-    step0_checks: bool = Field(True, description="closed forms and three rows rescored by plain transformers")
+    step0_checks: bool = Field(True, description="closed forms, and a few rows rescored by plain transformers")
 
 
 class EvalConfig(Config):

@@ -24,6 +24,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> 
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
+        fused=True,
     )
 
 

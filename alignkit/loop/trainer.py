@@ -100,7 +100,7 @@ class Trainer:
         """One optimizer step on these units of the round, whatever the micro-batches and ranks."""
         started, step, batch = time.perf_counter(), self.progress.step + 1, self.round.batch
         assert batch is not None
-        torch.manual_seed(key(self.seed, "step", step, self.dist.world.rank))  # adapter dropout draws from it
+        self.dist.seed(key(self.seed, "step", step, self.dist.world.rank))  # adapter dropout draws from it
         outputs = self.algorithm.needs.outputs | (LOGGED if self.track.wants(step) else frozenset())
         counts = global_counts(batch, part, self.dist.world)
         micros, totals = self.micros(batch, part), Totals()

@@ -16,18 +16,20 @@ MEAN = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Allowed difference in nats, on average over the tokens of a row; of a metric from its closed form likewise."""
 WORST = {torch.float32: 1e-3, torch.bfloat16: 2.0}
 """Allowed at any one token: at a logit of 30 one step of bfloat16 is an eighth, and a token may see several."""
+SHARING_ROWS = 3
+"""Rows of one prompt that are rescored."""
 
 
 def check_rows(policy: CausalPolicy, units: Sequence[Unit], dtype: torch.dtype) -> None:
-    """Three rows alone, unpadded, through plain transformers give the log-probabilities of the training path.
+    """A few rows alone, unpadded, through plain transformers give the log-probabilities of the training path.
 
-    Catches what losses cannot show: padding that counts, labels shifted by one, leaks between packed rows, wrong
-    position ids, dropout left on (but for adapter dropout, which was asked for).
+    Catches what losses cannot show: padding that counts, labels shifted by one, leaks between rows of a stream, prompts
+    shared wrongly, wrong position ids, dropout left on (but for adapter dropout, which was asked for).
 
     Raises:
         RunFailed: naming the row, the difference and the probable cause.
     """
-    rows = _three([row for unit in units for row in unit if any(row.trained)])
+    rows = _telling([row for unit in units for row in unit if any(row.trained)])
     if not rows:
         return
     batch = collate([(row,) for row in rows])
@@ -41,7 +43,7 @@ def check_rows(policy: CausalPolicy, units: Sequence[Unit], dtype: torch.dtype) 
             raise RunFailed(
                 f"step-0 truth: the training path gives other log-probabilities than plain transformers for a row of "
                 f"group {row.group!r}: they differ by {found}. "
-                f"{_cause(policy, batch, i, ours[i, : len(row.tokens)], table, row)} Nothing was trained. "
+                f"{_cause(policy, batch, i, ours[i, : len(row.tokens)], table, row, dtype)} Nothing was trained. "
                 "`train.step0_checks: false` skips this check."
             )
 
@@ -87,10 +89,20 @@ def _difference(difference: Tensor, trained: Tensor, dtype: torch.dtype) -> str:
     )
 
 
-def _three(rows: list[Row]) -> list[Row]:
-    """Shortest, middle and longest: padding shows in the short one, position ids in the long one."""
+def _telling(rows: list[Row]) -> list[Row]:
+    """Shortest, middle and longest, and the longest rows that share a prompt.
+
+    Padding shows in the short one, position ids in the long one, and a prompt shared wrongly in its rows alone.
+    """
+    if not rows:
+        return []
     by_length = sorted(rows, key=lambda row: len(row.tokens))
-    return [by_length[i] for i in sorted({0, len(by_length) // 2, len(by_length) - 1})] if by_length else []
+    by_prompt: dict[tuple[int, ...], list[Row]] = {}
+    for row in reversed(by_length):
+        by_prompt.setdefault(tuple(row.tokens[: row.trained.index(True)]), []).append(row)
+    sharing = next((family for family in by_prompt.values() if len(family) > 1), [])
+    chosen = [by_length[0], by_length[len(by_length) // 2], by_length[-1], *sharing[:SHARING_ROWS]]
+    return list({id(row): row for row in chosen}.values())
 
 
 def _plain_table(policy: CausalPolicy, row: Row) -> Tensor:
@@ -109,15 +121,27 @@ def _logps(table: Tensor, row: Row, shift: int) -> Tensor:
     return found
 
 
-def _cause(policy: CausalPolicy, batch: Batch, i: int, ours: Tensor, table: Tensor, row: Row) -> str:
+def _cause(
+    policy: CausalPolicy, batch: Batch, i: int, ours: Tensor, table: Tensor, row: Row, dtype: torch.dtype
+) -> str:
     broken = policy.broken_weights()
     if broken:
         return f"Probable cause: nan or infinity in the weights ({', '.join(broken[:3])})."
-    trained, plain = torch.tensor(row.trained), _logps(table, row, shift=1)
+    trained, plain, way = torch.tensor(row.trained), _logps(table, row, shift=1), policy.path
+
+    def is_right_now() -> bool:
+        logps = policy.forward(batch, frozenset({"logps"})).logps[i, : len(row.tokens)].cpu()
+        return not _difference(logps - plain, trained, dtype)
+
     with policy.evaluating():
-        calm = policy.forward(batch, frozenset({"logps"})).logps[i, : len(row.tokens)].cpu()
-    if _alike(calm, plain, trained):
-        return "Probable cause: dropout is on (the difference is gone in eval mode)."
+        if is_right_now():
+            return "Probable cause: dropout is on (the difference is gone in eval mode)."
+        with policy.on_padded_rows():
+            if is_right_now():
+                return (
+                    f"Probable cause: the way rows are laid out and scored ({way}); `model.layout: padded` "
+                    "goes around it."
+                )
     inside = trained[1:] & trained[:-1]
     shifted = [
         _alike(ours, _logps(table, row, shift=0), trained),

@@ -7,8 +7,8 @@ Models keep their code: `install` makes them call a function that does as the mo
 are merged by their log-sum-exps. Exact. Backward calls the flash kernel of each part with the merged output and
 log-sum-exp, for which its formula holds unchanged, and adds up the gradients of the prompt's keys and values.
 
-*dense*: an explicit mask of who sees whom, one family at a time. For what the kernels cannot do: sliding windows
-shorter than a row, softcaps, values of another width. Also for streams so short that one call beats many.
+*dense*: an explicit mask of who sees whom, one segment with its prompt at a time. For what the kernels cannot do:
+sliding windows shorter than a row, softcaps, values of another width. Also for streams so short that one call is best.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def stream_attention(
             raise UnsupportedAttention(f"its attention has {name}")
     if not getattr(module, "is_causal", True):
         raise UnsupportedAttention("its attention is not causal")
+    query, key, value = _autocast(query, key, value)
     scaling = options.get("scaling")
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     window, softcap, dropout = options.get("sliding_window"), options.get("softcap"), options.get("dropout", 0.0)
@@ -75,6 +76,15 @@ def stream_attention(
     else:
         out = _dense(query, key, value, segments, scale, window, softcap, dropout)
     return out.transpose(1, 2), None
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast does before `scaled_dot_product_attention`: rotations and norms leave float32 beside bfloat16."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _has_kernel(query: Tensor) -> bool:
@@ -96,23 +106,21 @@ def _dense(
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    if query.shape[2] <= DENSE_TOKENS:
-        parts = [slice(0, len(segments.families))]
-    else:
-        parts = [slice(i, i + 1) for i in range(len(segments.families))]
-    outputs, places = [], []
-    for part in parts:
-        index, seen = segments.mask(part, window)
-        q, k, v = (x.index_select(2, index) for x in (query, key, value))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
         if softcap is None:
-            outputs.append(scaled_dot_product_attention(q, k, v, seen[None, None], dropout, scale=scale))
-        else:
-            scores = torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap)) * softcap
-            weights = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=torch.float32)
-            outputs.append(torch.dropout(weights.to(q.dtype), dropout, train=dropout > 0) @ v)
-        places.append(index)
-    order = torch.cat(places).argsort()
-    return torch.cat(outputs, 2).index_select(2, order)
+            return scaled_dot_product_attention(q, k, v, seen[None, None], dropout, scale=scale)
+        scores = torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap)) * softcap
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=torch.float32)
+        return torch.dropout(weights.to(q.dtype), dropout, train=dropout > 0) @ v
+
+    if query.shape[2] <= DENSE_TOKENS:
+        return attend(query, key, value, segments.whole_mask(window))
+    outputs = []
+    for a, b, c, d in segments.readers:
+        k, v = (x[:, :, a:b] if c == d else torch.cat([x[:, :, c:d], x[:, :, a:b]], 2) for x in (key, value))
+        outputs.append(attend(query[:, :, a:b], k, v, segments.own_mask(b - a, d - c, window)))
+    return torch.cat(outputs, 2)
 
 
 class _Cascade(torch.autograd.Function):

@@ -22,6 +22,8 @@ from alignkit.core.types import Batch
 from alignkit.data.collate import cut, unit_lengths
 
 LayoutName = Literal["padded", "packed", "prefix_shared"]
+WORTHWHILE = 16
+"""A prompt is shared where that saves at least one token in so many; reading it from elsewhere has a price too."""
 
 
 @dataclass(frozen=True)
@@ -68,41 +70,52 @@ class Segments:
         return tuple(found)
 
     @cached_property
-    def families(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """Segments that may see one another, as ranges: a prompt with its branches, or a row of its own."""
-        groups = [[(self.bounds[g], self.bounds[g + 1])] for g in range(self.num_prompts)]
+    def readers(self) -> tuple[tuple[int, int, int, int], ...]:
+        """(start, stop) of every segment that has tokens, then of the prompt it also sees (empty: none), in order."""
+        prompts = [(0, 0)] * len(self.lengths)
         segment = self.num_prompts
         for g, count in enumerate(self.branches):
-            groups[g] += pairwise(self.bounds[segment : segment + count + 1])
+            prompts[segment : segment + count] = [(self.bounds[g], self.bounds[g + 1])] * count
             segment += count
-        alone = [[span] for span in pairwise(self.bounds[segment:])]
-        return tuple(tuple(span for span in group if span[0] < span[1]) for group in [*groups, *alone] if group)
+        spans = zip(pairwise(self.bounds), prompts, strict=True)
+        return tuple((a, b, c, d) for (a, b), (c, d) in spans if a < b)
 
-    def mask(self, families: slice, window: int | None) -> tuple[Tensor, Tensor]:
-        """For the tokens of these families: where they stand in the stream [F], and who sees whom [F, F] (True = seen).
+    def own_mask(self, length: int, shared: int, window: int | None) -> Tensor:
+        """Which of [prompt of `shared` tokens, own segment] each of a segment's `length` tokens sees, [length, both].
 
-        `window` = how many tokens, itself included, a token sees of its row.
+        `window` = how many tokens of its row, itself included, a token sees.
         """
-        start, stop, _ = families.indices(len(self.families))
-        key = (start, stop, window)
-        if (start, stop, -1) not in self._masks:
-            index, owner, branch, position = [], [], [], []
-            for number, family in enumerate(self.families[start:stop]):
-                prompt = family[0][1] - family[0][0]
-                for b, (a, z) in enumerate(family):
-                    index.append(torch.arange(a, z))
-                    owner.append(torch.full((z - a,), number))
-                    branch.append(torch.full((z - a,), b))
-                    position.append(torch.arange(z - a) + (prompt if b else 0))
-            facts = torch.stack([torch.cat(x) for x in (index, owner, branch, position)])
-            self._masks[start, stop, -1] = facts.to(self.device)
-        index, owner, branch, position = self._masks[start, stop, -1]
+        key = (length, shared, window)
         if key not in self._masks:
-            distance = position[:, None] - position[None, :]
-            seen = (owner[:, None] == owner[None, :]) & (distance >= 0)
-            seen &= (branch[None, :] == 0) | (branch[:, None] == branch[None, :])
+            position = torch.arange(shared + length, device=self.device)
+            distance = position[shared:, None] - position
+            self._masks[key] = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+        return self._masks[key]
+
+    def whole_mask(self, window: int | None) -> Tensor:
+        """Which tokens of the stream each of its tokens sees, [T, T]."""
+        key = (-1, -1, window)
+        if key not in self._masks:
+            place, position, owner = self._facts
+            distance = position[:, None] - position
+            seen = (distance >= 0) & ((place[:, None] == place) | (owner[:, None] == place))
             self._masks[key] = seen if window is None else seen & (distance < window)
-        return index, self._masks[key]
+        return self._masks[key]
+
+    @cached_property
+    def _facts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every token, [T] each: its segment, its position in its row, the segment of the prompt it sees (or -1)."""
+        owners, shared = [-1] * len(self.lengths), [0] * len(self.lengths)
+        segment = self.num_prompts
+        for g, count in enumerate(self.branches):
+            owners[segment : segment + count] = [g] * count
+            shared[segment : segment + count] = [self.lengths[g]] * count
+            segment += count
+        lengths = torch.tensor(self.lengths)
+        place = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        first = torch.tensor(self.bounds[:-1]) - torch.tensor(shared)
+        position = torch.arange(len(place)) - first[place]
+        return place.to(self.device), position.to(self.device), torch.tensor(owners)[place].to(self.device)
 
     @cached_property
     def offsets(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,16 +173,17 @@ def cut_batch(
 ) -> list[list[int]]:
     """Micro-batches of the units `index`: at most `max_tokens` tokens as the layout lays them out, a larger unit alone.
 
-    In a stream a prompt costs once a micro-batch, so units that share one stand together.
+    In a stream a prompt costs once a micro-batch, so units that share one stand together. Prompts too short to be worth
+    sharing are counted so too: they may take a micro-batch over its budget, by less than one part in `WORTHWHILE`.
     """
     if layout == "padded":
         lengths = unit_lengths(batch)
         cuts = cut([lengths[i] for i in index], batch.k, max_tokens, max_units)
         return [[index[j] for j in part] for part in cuts]
     prompts, costs = _unit_costs(batch, layout)
-    clusters: dict[tuple[bytes, ...], list[int]] = {}
+    clusters: dict[tuple[bytes, ...] | int, list[int]] = {}
     for i in index:
-        clusters.setdefault(tuple(sorted(prompts[i])), []).append(i)
+        clusters.setdefault(tuple(sorted(prompts[i])) or i, []).append(i)
     # Largest first, so that a budget too large for memory fails at once.
     ordered = sorted(
         clusters.values(), key=lambda units: (-max(costs[i] + sum(prompts[i].values()) for i in units), units)
@@ -244,7 +258,10 @@ def _families(batch: Batch, layout: LayoutName) -> list[_Family]:
         same = (tokens[rows, :shortest] == tokens[rows[0], :shortest]).all(0)
         shared = shortest if bool(same.all()) else int(same.int().argmin())
         rest = [span.last - shared for span in members]
-        families.append(_Family(rows, shared, rest if any(rest) else []))
+        if shared * (len(members) - 1) * WORTHWHILE < sum(span.last for span in members):
+            families += [_Family([span.row], span.last, []) for span in members]
+        else:
+            families.append(_Family(rows, shared, rest if any(rest) else []))
     return families
 
 

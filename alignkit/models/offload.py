@@ -15,7 +15,8 @@ MINIMUM_BYTES = 2**20
 class ActivationOffload(saved_tensors_hooks):
     """Around a forward pass: what it saves for backward goes to pinned host memory, weights and small tensors stay.
 
-    `device` is where the model computes; on a CPU nothing has to move.
+    `device` is where the model computes; on a CPU nothing has to move. The copies in bfloat16 that autocast makes of
+    float32 weights are not told from activations, and move too.
     """
 
     def __init__(self, device: torch.device, minimum_bytes: int = MINIMUM_BYTES) -> None:
@@ -23,7 +24,8 @@ class ActivationOffload(saved_tensors_hooks):
 
         def pack(x: Tensor) -> Any:
             is_weight = isinstance(x, nn.Parameter) or isinstance(x._base, nn.Parameter)
-            if is_weight or x.device != device or x.numel() * x.itemsize < minimum_bytes:
+            # By type: a run's device may leave its number open, a tensor's never does.
+            if is_weight or x.device.type != device.type or x.numel() * x.itemsize < minimum_bytes:
                 return x
             host = torch.empty(x.shape, dtype=x.dtype, pin_memory=pinned)
             return host.copy_(x, non_blocking=pinned), x.device

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from alignkit.core.errors import RecipeError
@@ -31,7 +32,7 @@ class Path:
             "prefix_shared": "rows packed without padding, shared prompts once",
         }[self.layout]
         head = "log-probabilities in chunks" if self.head is not None else "whole logits"
-        return f"{rows}; {head}" + (f" ({'; '.join(self.why)})" if self.why else "")
+        return f"{rows}; {head}" + (f" (fallback, because {'; '.join(self.why)})" if self.why else "")
 
 
 def causal_model(bare: Any) -> Any:
@@ -76,12 +77,12 @@ def refuse_if_asked(layout: str, reason: str) -> None:
 
 def padded(path: Path, reason: str) -> Path:
     """The same with padded rows."""
-    return replace(path, layout="padded", why=(*path.why, reason))
+    return replace(path, layout="padded", why=tuple(dict.fromkeys((*path.why, reason))))
 
 
 def whole_logits(path: Path, reason: str) -> Path:
     """The same with the model's own head."""
-    return replace(path, head=None, why=(*path.why, reason))
+    return replace(path, head=None, why=tuple(dict.fromkeys((*path.why, reason))))
 
 
 def _no_stream(model: Any, attn_implementation: str | None) -> str | None:
@@ -107,7 +108,7 @@ def _read_head(model: Any) -> tuple[Head | None, str]:
     """The output layer as weights, or why it cannot be read as such."""
     layer = model.get_output_embeddings()
     if type(layer) is not nn.Linear:
-        return None, f"its output layer is a {type(layer).__name__}"
+        return None, f"its output layer is {type(layer).__module__}.{type(layer).__qualname__}, not a plain linear one"
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
@@ -120,5 +121,7 @@ def first_failure(try_it: Callable[[], str | None]) -> str | None:
         return try_it()
     except UnsupportedAttention as error:
         return str(error)
+    except torch.OutOfMemoryError:  # no other way takes less
+        raise
     except (RuntimeError, TypeError, ValueError) as error:  # a model that takes other arguments, a kernel that does not
         return f"a first use failed: {str(error).splitlines()[0]}"

@@ -214,12 +214,17 @@ class CausalPolicy:
         plain = self._plain(batch, Path("padded", None))
         if (reason := self._differs(batch, plain)) is None:
             return
-        if self.path.layout != "padded":
+        tried = self.path
+        steps_back = [whole_logits(tried, reason)] if tried.head is not None else []  # the cheapest loss first
+        if tried.layout != "padded":
+            steps_back.append(padded(tried, reason))
+        for self.path in steps_back:
+            if self._differs(batch, plain) is None:
+                break
+        else:
+            self.path = whole_logits(padded(tried, reason), reason)
+        if self.path.layout != tried.layout:
             refuse_if_asked(self._layout, reason)
-            self.path = padded(self.path, reason)
-            reason = self._differs(batch, plain)
-        if reason is not None:
-            self.path = whole_logits(self.path, reason)
 
     def _plain(self, batch: Batch, path: Path) -> Tensor:
         with self.evaluating():
@@ -235,6 +240,15 @@ class CausalPolicy:
             return f"at first use it gave other log-probabilities than padded rows, by {off:.2g} nats a token"
 
         return first_failure(compare)
+
+    @contextmanager
+    def on_padded_rows(self) -> Iterator[None]:
+        """The plain way in place of `path`, as `model.layout: padded` goes."""
+        path, self.path = self.path, Path("padded", None)
+        try:
+            yield
+        finally:
+            self.path = path
 
     def _module(self) -> nn.Module:
         return self.module if torch.is_grad_enabled() else self._scorer

@@ -201,7 +201,7 @@ class _Sweep:
         self.hidden, self.head, self.targets = hidden.detach(), head, targets
         self.weight = head.weight.detach().to(self.dtype)
         self._wide, self._wants = wide, {"entropy": entropy, "correct": correct}
-        self._buffer = hidden.new_empty(0, dtype=wide)
+        self._buffer = hidden.new_empty(0, self.weight.shape[0], dtype=wide)
 
     @property
     def row_bytes(self) -> int:
@@ -234,8 +234,11 @@ class _Sweep:
         parts = [self.chunk(a, b, backward=False).scores for a, b in self.pieces(start, stop)]
         if not parts:
             empty = self.hidden.new_zeros(0, dtype=self._wide)
+            # Each its own tensor: autograd would take one that is not differentiable for all three.
             return TokenScores(
-                empty, empty if self._wants["entropy"] else None, empty if self._wants["correct"] else None
+                empty,
+                empty.clone() if self._wants["entropy"] else None,
+                empty.clone() if self._wants["correct"] else None,
             )
         return TokenScores(*(None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True)))  # type: ignore[arg-type]
 
@@ -296,8 +299,10 @@ class _OnePassLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        """Scale what forward left, in place: it is used once."""
-        scaled = (None if x is None else x.mul_(grad.to(x.dtype)) for x in ctx.gradients)
+        """Scale what forward left, in place: it is used once, and what nobody else holds becomes `.grad` uncopied."""
+        gradients = ctx.gradients
+        del ctx.gradients
+        scaled = (None if x is None else x.mul_(grad.to(x.dtype)) for x in gradients)
         return (*scaled, None, None, None)
 
 

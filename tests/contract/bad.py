@@ -64,6 +64,27 @@ class MetricOfTheSplit(SFT):
         return terms, {**metrics, "micro_batches": Metric(1.0, 1.0, "sum")}
 
 
+class DecaysTheWeights(SFT):
+    """Penalises the weights it finds behind its outputs, which are there only where all logits are kept.
+
+    Micro-batches cannot show it: whether the weights are within reach, and how large they are, is the same for each.
+    """
+
+    def loss(self, out, batch):
+        (terms, metrics), penalty = super().loss(out, batch), 0.0
+        seen, todo = set(), [out.logps.grad_fn]
+        while todo:
+            node = todo.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            todo += [inner for inner, _ in node.next_functions]
+            weight = getattr(node, "variable", None)
+            if isinstance(weight, torch.nn.Parameter):
+                penalty = penalty + weight.square().sum()
+        return {n: Term(t.value + 0.01 * penalty, t.over, t.weight) for n, t in terms.items()}, metrics
+
+
 class ForgetsItsState(SFT):
     """Moves a coefficient after each step and does not save it."""
 

@@ -1,11 +1,14 @@
 """Every registered method against every clause of the contract, and every clause against a method that breaks it."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from alignkit import testing
 from alignkit.core.registry import register
+from alignkit.models import attention
+from alignkit.ops import logps
 from tests.contract import bad
 
 NAMES = register.algorithm.names()
@@ -14,6 +17,7 @@ CHECKS = [
     testing.check_overfits,
     testing.check_micro_batches,
     testing.check_order,
+    testing.check_layouts,
     testing.check_resume,
 ]
 WORLD = 2
@@ -80,6 +84,8 @@ def test_statistic_of_one_rank_is_caught(make_bench, worlds):
         (bad.CountsByPosition, testing.check_order, "the gradient of seed 1 differs"),
         (bad.AveragesItsMetric, testing.check_micro_batches, "longest is"),
         (bad.MetricOfTheSplit, testing.check_micro_batches, "micro_batches is"),
+        (bad.AveragesItsLoss, testing.check_layouts, "the gradient of a chunk for every unit differs"),
+        (bad.DecaysTheWeights, testing.check_layouts, "the gradient of packed rows differs from that of padded rows"),
         (bad.ForgetsItsState, testing.check_resume, "the weights differ"),
         (bad.DrawsAtRandom, testing.check_resume, "the weights differ"),
         (bad.LearnsNothing, testing.check_overfits, "does not overfit 7 rows"),
@@ -91,6 +97,44 @@ def test_broken_methods_are_caught(algorithm, check, complaint, make_bench):
     bench = make_bench(algorithm)
     with pytest.raises(AssertionError, match=re.escape(bench.name) + ".*" + re.escape(complaint)):
         check(bench)
+
+
+@pytest.mark.xdist_group("contract")
+def test_only_layouts_show_a_weight_reached_past_the_outputs(make_bench):
+    testing.check_micro_batches(make_bench(bad.DecaysTheWeights))
+    testing.check_order(make_bench(bad.DecaysTheWeights))
+
+
+@pytest.mark.xdist_group("contract")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gradient_that_never_reaches_shared_prompts_is_caught(name, make_bench, monkeypatch):
+    """Every forward is right, so that no log-probability and no truth of step 0 shows it."""
+    sound = attention._backward_cpu
+
+    def forgetful(*arguments):
+        *others, segments, scale = arguments
+        return sound(*others, SimpleNamespace(causal=segments.causal, crossing=()), scale)
+
+    monkeypatch.setattr(attention, "_backward_cpu", forgetful)
+    with pytest.raises(AssertionError, match="of shared prompts in the cascade differs from that of padded rows"):
+        testing.check_layouts(make_bench(name))
+
+
+def test_engine_sizes_are_put_back():
+    def sizes():
+        return logps.CHUNK_BYTES, logps.MAX_CHUNK_BYTES, attention.DENSE_TOKENS
+
+    before, inside = sizes(), []
+
+    def look():
+        with testing.engine_sizes(chunk_bytes=1, max_chunk_bytes=2, dense_tokens=3):
+            inside.append(sizes())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        look()
+    assert inside == [(1, 2, 3)]
+    assert sizes() == before
 
 
 def test_one_call_runs_every_check(monkeypatch, tmp_path):

@@ -13,8 +13,10 @@ import torch
 import alignkit.assemble
 import alignkit.models.policy
 from alignkit.core.errors import RunFailed
-from alignkit.core.types import Batch, Forward
-from alignkit.loop.truths import check_closed_form
+from alignkit.core.types import Batch, Forward, Row
+from alignkit.dist.engine import DistEngine
+from alignkit.loop.truths import check_closed_form, check_rows
+from alignkit.models.layout import Inputs, Segments
 from alignkit.models.policy import CausalPolicy
 from alignkit.recipe import Recipe, load_recipe
 from alignkit.run import train
@@ -150,6 +152,88 @@ def test_the_checks_can_be_left_out(recipe, monkeypatch: pytest.MonkeyPatch) -> 
     assert train(off, quiet=True, report=False).steps == 1
 
 
+def positions_of_the_stream(inputs: Inputs) -> Inputs:
+    """Positions run on where a row begins; a row of its own cannot show it, since only distances count."""
+    return replace(inputs, positions=torch.arange(inputs.tokens.shape[1])[None])
+
+
+def one_long_row(inputs: Inputs) -> Inputs:
+    """Every token sees all that stand before it, whatever their row."""
+    assert inputs.segments is not None
+    length = sum(inputs.segments.lengths)
+    return replace(inputs, segments=Segments((length,), (), length, inputs.segments.device))
+
+
+def scored_one_late(inputs: Inputs) -> Inputs:
+    return replace(inputs, scored=(inputs.scored + 1) % inputs.tokens.numel())
+
+
+def plant_in_streams(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Inputs], Inputs]) -> None:
+    """Streams are laid out wrongly, padded rows rightly, and the first use of the model saw nothing of it."""
+    sound = alignkit.models.policy.lay_out
+
+    def lay_out(*arguments: Any) -> Inputs:
+        inputs = sound(*arguments)
+        return inputs if inputs.segments is None else fault(inputs)
+
+    monkeypatch.setattr(alignkit.models.policy, "lay_out", lay_out)
+    monkeypatch.setattr(CausalPolicy, "try_path", lambda *_: None)
+
+
+LAYOUT_BLAMED = (
+    "Probable cause: the way rows are laid out and scored (rows packed without padding, shared prompts once; "
+    "log-probabilities in chunks); `model.layout: padded` goes around it."
+)
+
+
+@pytest.mark.parametrize(
+    ("fault", "dtype"),
+    [
+        (positions_of_the_stream, "float32"),  # to a model this small they mean less than bfloat16 rounds
+        (one_long_row, "float32"),
+        (one_long_row, "bfloat16"),
+        (scored_one_late, "float32"),
+        (scored_one_late, "bfloat16"),
+    ],
+)
+def test_wrong_stream(recipe, monkeypatch: pytest.MonkeyPatch, fault, dtype: str) -> None:
+    plant_in_streams(monkeypatch, fault)
+    assert LAYOUT_BLAMED in stopped(recipe(dtype=dtype))
+
+
+def test_padded_rows_go_around_a_wrong_stream(recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant_in_streams(monkeypatch, one_long_row)
+    assert train(recipe(layout="padded"), quiet=True, report=False).steps == 1
+
+
+def test_wrong_head(recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = alignkit.models.policy.choose_path
+
+    def choose(*arguments: Any) -> Any:
+        path = sound(*arguments)
+        assert path.head is not None
+        return replace(path, head=replace(path.head, scale=2.0))
+
+    monkeypatch.setattr(alignkit.models.policy, "choose_path", choose)
+    monkeypatch.setattr(CausalPolicy, "try_path", lambda *_: None)
+    assert LAYOUT_BLAMED in stopped(recipe())
+
+
+def test_a_prompt_that_few_rows_share_is_among_those_rescored(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the shortest, the middle nor the longest row shares its prompt, and the fault is in shared ones alone."""
+    plant_in_streams(monkeypatch, positions_of_the_stream)
+    policy = CausalPolicy(alignkit.assemble.load_policy(bench.recipe("few").model), DistEngine(torch.float32))
+
+    def unit(first: int, length: int) -> tuple[Row]:
+        tokens = [first, 4, 5, *range(20 + length, 17 + 2 * length)]
+        return (Row(tokens, [i >= 3 for i in range(length)], group=f"g{first}-{length}"),)
+
+    alone = [unit(6, 5), unit(7, 10), unit(8, 11), unit(9, 12), unit(10, 18)]
+    check_rows(policy, alone, torch.float32)
+    with pytest.raises(RunFailed, match=r"group 'g11-(7|8)'"):
+        check_rows(policy, [*alone, unit(11, 7), unit(11, 8)], torch.float32)
+
+
 LORA = {"r": 4, "alpha": 8}
 
 
@@ -163,6 +247,9 @@ LORA = {"r": 4, "alpha": 8}
         {"lora": {**LORA, "dropout": 0.5}},
         {"gradient_checkpointing": True},
         {"attn_implementation": "eager"},
+        {"layout": "padded"},
+        {"layout": "packed"},
+        {"layout": "prefix_shared", "dtype": "bfloat16"},
     ],
     ids=str,
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from alignkit import ops
+from alignkit.ops import logps as ops_logps
 from tests.shared import golden_case
 
 
@@ -112,6 +113,29 @@ def test_shifted_puts_the_prediction_beside_its_token():
     moved = ops.shifted(logits)
     assert not moved[0, 0].any()
     assert torch.equal(moved[0, 1:], logits[0, :2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_picked_logps_are_those_of_whole_rows_without_the_shift(dtype):
+    logits = torch.randn(2, 4, 9, generator=torch.manual_seed(0)).to(dtype)
+    tokens = torch.randint(0, 9, (2, 4), generator=torch.manual_seed(1))
+    mask = torch.tensor([[0, 1, 0, 1], [0, 0, 1, 1]]).bool()
+    picked = ops_logps.picked_logps(logits[:, :-1][mask[:, 1:]], tokens[mask], entropy=True, correct=True)
+    for one, rows in zip(picked, ops.token_logps(logits, tokens, mask, entropy=True, correct=True), strict=True):
+        assert torch.equal(one, rows[mask])
+        assert one.dtype == (dtype if dtype == torch.float64 else torch.float32)
+    assert ops_logps.picked_logps(logits[0], tokens[0])[1:] == (None, None)
+
+
+def test_entropy_and_hits_are_outside_the_graph():
+    logits = torch.randn(3, 5, generator=torch.manual_seed(0), requires_grad=True)
+    picked = ops_logps.picked_logps(logits, torch.tensor([0, 1, 2]), entropy=True, correct=True)
+    assert [x.requires_grad for x in picked] == [True, False, False]
+
+
+def test_of_two_equally_likely_tokens_both_are_hits():
+    logits = torch.tensor([[1.0, 1.0, 0.0]]).expand(3, 3)
+    assert ops_logps.picked_logps(logits, torch.arange(3), correct=True).correct.tolist() == [1.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize("name", ["random", "large_logits", "row_without_completion"])

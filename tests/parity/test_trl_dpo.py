@@ -12,26 +12,34 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit import load_recipe, train
 from alignkit.core.rng import generator, permutation
+from alignkit.testing import engine_sizes
 from tests.acceptance import toys
 from tests.parity.flat_script import tiny_dpo
 
 pytestmark = pytest.mark.xdist_group("trl")  # one worker: the runs of TRL and of the flat script are shared
 
 SEED, STEPS, PAIRS_PER_STEP = 3, 10, 8
+PROMPTS = 5
 BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.1, 5e-4, 1.0
 TOLERANCE = 5e-5
 
 
-def word(rng: Random, symbols: str) -> str:
-    return "".join(rng.choices(symbols, k=rng.randint(2, 20)))
+def word(rng: Random, symbols: str, longest: int = 20) -> str:
+    return "".join(rng.choices(symbols, k=rng.randint(2, longest)))
 
 
 @pytest.fixture(scope="module")
 def rows() -> toys.Rows:
-    """Texts of many lengths, so that every batch is padded differently; upper case is preferred, which is learned."""
+    """Texts of many lengths, so that every batch is padded differently; upper case is preferred, which is learned.
+
+    Prompts are longer than answers, and so few that several pairs of every batch share one.
+    """
     rng = generator(SEED, "parity pairs")
-    symbols = {"prompt": ascii_letters, "chosen": ascii_uppercase, "rejected": ascii_lowercase}
-    return [{column: word(rng, allowed) for column, allowed in symbols.items()} for _ in range(STEPS * PAIRS_PER_STEP)]
+    prompts = [word(rng, ascii_letters, longest=40) for _ in range(PROMPTS)]
+    return [
+        {"prompt": rng.choice(prompts), "chosen": word(rng, ascii_uppercase), "rejected": word(rng, ascii_lowercase)}
+        for _ in range(STEPS * PAIRS_PER_STEP)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +96,11 @@ def trl_losses(model_folder, in_order, tmp_path_factory) -> list[float]:
     return [record["loss"] for record in trainer.state.log_history if "loss" in record]
 
 
-def recipe(model_folder: Path, data: Path, output_dir: Path, **train_keys) -> dict:
+def recipe(model_folder: Path, data: Path, output_dir: Path, layout: str, **train_keys) -> dict:
     return {
         "seed": SEED,
         "output_dir": str(output_dir),
-        "model": {"name_or_path": str(model_folder), "dtype": "float32"},
+        "model": {"name_or_path": str(model_folder), "dtype": "float32", "layout": layout},
         "data": [{"path": str(data)}],
         "algorithm": {"name": "dpo", "beta": BETA},
         "train": {
@@ -108,9 +116,11 @@ def recipe(model_folder: Path, data: Path, output_dir: Path, **train_keys) -> di
     }
 
 
-def alignkit_losses(model_folder: Path, rows: toys.Rows, folder: Path, **train_keys) -> list[float]:
+def alignkit_losses(
+    model_folder: Path, rows: toys.Rows, folder: Path, layout: str = "auto", **train_keys
+) -> list[float]:
     data = toys.write_rows(folder / "pairs.jsonl", rows)
-    train(load_recipe(recipe(model_folder, data, folder / "run", **train_keys)))
+    train(load_recipe(recipe(model_folder, data, folder / "run", layout, **train_keys)), quiet=True)
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return [record["loss"] for record in records if "loss" in record]
 
@@ -131,3 +141,27 @@ def test_alignkit_agrees_with_both(model_folder, rows, tiny_losses, trl_losses, 
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses == pytest.approx(trl_losses, rel=0, abs=TOLERANCE)
     assert losses == pytest.approx(tiny_losses, rel=0, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("layout", "sizes"),
+    [
+        ("padded", {}),
+        ("packed", {"dense_tokens": 0}),
+        ("prefix_shared", {"dense_tokens": 10**6}),
+        ("prefix_shared", {"dense_tokens": 0}),
+        ("prefix_shared", {"chunk_bytes": 1}),
+        ("prefix_shared", {"chunk_bytes": 1000, "max_chunk_bytes": 1}),
+    ],
+    ids=["padded", "packed", "shared by a mask", "shared in the cascade", "a chunk a pair", "pairs in pieces"],
+)
+def test_layouts_and_chunks_agree_with_trl(model_folder, rows, trl_losses, tmp_path, layout, sizes):
+    with engine_sizes(**sizes):
+        losses = alignkit_losses(model_folder, rows, tmp_path, layout)
+    assert losses == pytest.approx(trl_losses, rel=0, abs=TOLERANCE)
+
+
+def test_batches_share_prompts(in_order):
+    """Else the layouts above would be one and the same."""
+    batches = [in_order[i : i + PAIRS_PER_STEP] for i in range(0, len(in_order), PAIRS_PER_STEP)]
+    assert all(len({row["prompt"] for row in batch}) < PAIRS_PER_STEP for batch in batches)
