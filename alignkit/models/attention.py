@@ -177,21 +177,33 @@ def _backward_cpu(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     del seeds
+    repeats = query.shape[1] // key.shape[1]
     grads = tuple(_like_rows(x) for x in (query, key, value))
+
+    def by_repeat(x: Tensor) -> Tensor:
+        """[1, H, …] → [repeats, H_kv, …], a view."""
+        return x[0].view(-1, repeats, *x.shape[2:]).transpose(0, 1)
+
+    # The kernel works on as many heads at a time as keys have. Repeats of a key stand in the place of a batch, so that
+    # one key head does not mean one thread; and their gradients are not added up in low precision on the way.
+    query_grad, query, out, grad, lse = (by_repeat(x) for x in (grads[0], query, out, grad, lse))
+    key, value = (x.expand(repeats, -1, -1, -1) for x in (key, value))
+
+    def backward(part: slice, seen: slice, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+        q, o, g = (x[:, :, part] for x in (query, out, grad))
+        k, v = key[:, :, seen], value[:, :, seen]
+        dq, dk, dv = _CPU_BACKWARD(g, q, k, v, o, lse[:, :, part], 0.0, causal, scale=scale)
+        return dq, dk.sum(0, keepdim=True), dv.sum(0, keepdim=True)
+
     for a, b in segments.causal:
         part = slice(a, b)
-        q, k, v, o, g = (x[:, :, part] for x in (query, key, value, out, grad))
-        for whole, found in zip(
-            grads, _CPU_BACKWARD(g, q, k, v, o, lse[:, :, part], 0.0, True, scale=scale), strict=True
-        ):
-            whole[:, :, part] = found
+        query_grad[:, :, part], grads[1][:, :, part], grads[2][:, :, part] = backward(part, part, True)
     for a, b, c, d in segments.crossing:
         part, prompt = slice(a, b), slice(c, d)
-        q, o, g = (x[:, :, part] for x in (query, out, grad))
-        k, v = key[:, :, prompt], value[:, :, prompt]
-        found = _CPU_BACKWARD(g, q, k, v, o, lse[:, :, part], 0.0, False, scale=scale)
-        for whole, where, more in zip(grads, (part, prompt, prompt), found, strict=True):
-            whole[:, :, where] += more
+        dq, dk, dv = backward(part, prompt, False)
+        query_grad[:, :, part] += dq
+        grads[1][:, :, prompt] += dk
+        grads[2][:, :, prompt] += dv
     return grads  # type: ignore[return-value]
 
 
