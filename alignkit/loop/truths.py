@@ -10,6 +10,7 @@ from torch import Tensor
 from alignkit.core.errors import RunFailed
 from alignkit.core.types import Batch, Row, Unit
 from alignkit.data.collate import collate
+from alignkit.models.plain import PlainLogps
 from alignkit.models.policy import CausalPolicy
 
 MEAN = {torch.float32: 1e-4, torch.bfloat16: 0.1}
@@ -36,14 +37,12 @@ def check_rows(policy: CausalPolicy, units: Sequence[Unit], dtype: torch.dtype) 
     with policy.evaluating() if policy.is_noisy else torch.no_grad():
         ours = policy.forward(batch, frozenset({"logps"})).logps.cpu()
     for i, row in enumerate(rows):
-        table = _plain_table(policy, row)
-        plain = _logps(table, row, shift=1)
-        trained = torch.tensor(row.trained)
-        if found := _difference(ours[i, : len(row.tokens)] - plain, trained, dtype):
+        plain = policy.plain_logps(row)
+        if found := _difference(ours[i, : len(row.tokens)] - plain.logps, plain.known, dtype):
             raise RunFailed(
                 f"step-0 truth: the training path gives other log-probabilities than plain transformers for a row of "
                 f"group {row.group!r}: they differ by {found}. "
-                f"{_cause(policy, batch, i, ours[i, : len(row.tokens)], table, row, dtype)} Nothing was trained. "
+                f"{_cause(policy, batch, i, ours[i, : len(row.tokens)], plain, dtype)} Nothing was trained. "
                 "`train.step0_checks: false` skips this check."
             )
 
@@ -105,33 +104,16 @@ def _telling(rows: list[Row]) -> list[Row]:
     return list({id(row): row for row in chosen}.values())
 
 
-def _plain_table(policy: CausalPolicy, row: Row) -> Tensor:
-    """log p of every token after every position, [T, V]."""
-    ids = torch.tensor([row.tokens], device=policy.dist.device)
-    with policy.evaluating(), policy.dist.autocast():
-        logits: Tensor = policy.bare(input_ids=ids).logits[0]
-    return logits.float().log_softmax(-1).cpu()
-
-
-def _logps(table: Tensor, row: Row, shift: int) -> Tensor:
-    """log p of each token as predicted `shift` positions before it, [T]; 0 where nothing is. Right is 1."""
-    found = torch.zeros(len(row.tokens))
-    for t in range(shift, len(row.tokens)):
-        found[t] = table[t - shift, row.tokens[t]]
-    return found
-
-
-def _cause(
-    policy: CausalPolicy, batch: Batch, i: int, ours: Tensor, table: Tensor, row: Row, dtype: torch.dtype
-) -> str:
+def _cause(policy: CausalPolicy, batch: Batch, i: int, ours: Tensor, plain: PlainLogps, dtype: torch.dtype) -> str:
     broken = policy.broken_weights()
     if broken:
         return f"Probable cause: nan or infinity in the weights ({', '.join(broken[:3])})."
-    trained, plain, way = torch.tensor(row.trained), _logps(table, row, shift=1), policy.path
+    trained, way = plain.known, policy.path
+    early, right, late = plain.by_shift
 
     def is_right_now() -> bool:
-        logps = policy.forward(batch, frozenset({"logps"})).logps[i, : len(row.tokens)].cpu()
-        return not _difference(logps - plain, trained, dtype)
+        logps = policy.forward(batch, frozenset({"logps"})).logps[i, : len(right)].cpu()
+        return not _difference(logps - right, trained, dtype)
 
     with policy.evaluating():
         if is_right_now():
@@ -144,10 +126,10 @@ def _cause(
                 )
     inside = trained[1:] & trained[:-1]
     shifted = [
-        _alike(ours, _logps(table, row, shift=0), trained),
-        _alike(ours[2:], _logps(table, row, shift=2)[2:], trained[2:]),
-        _alike(ours[1:], plain[:-1], inside),
-        _alike(ours[:-1], plain[1:], inside),
+        _alike(ours, early, trained),
+        _alike(ours[2:], late[2:], trained[2:]),
+        _alike(ours[1:], right[:-1], inside),
+        _alike(ours[:-1], right[1:], inside),
     ]
     if any(shifted):
         return "Probable cause: labels are shifted by one token."

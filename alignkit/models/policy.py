@@ -19,6 +19,7 @@ from alignkit.models.layout import Inputs, cut_batch, lay_out
 from alignkit.models.load import POLICY_ADAPTER, REFERENCE_ADAPTER
 from alignkit.models.offload import ActivationOffload
 from alignkit.models.paths import Path, causal_model, choose_path, first_failure, padded, refuse_if_asked, whole_logits
+from alignkit.models.plain import PlainLogps, plain_logps
 from alignkit.ops.logps import Head, TokenScores, chunked_logps, one_pass_loss, picked_logps, unit_chunks
 
 SCORING_TOKENS = 8192
@@ -200,7 +201,7 @@ class CausalPolicy:
         return cut_batch(batch, index, self.path.layout, max_tokens, max_units)
 
     def try_path(self, units: Sequence[Unit]) -> None:
-        """Compare a first use of the path with padded rows and whole logits, and step back where they differ.
+        """Compare a first use of the path with plain transformers, and step back where they differ.
 
         `units` are some of those that will be trained on; the longest counts most.
 
@@ -211,7 +212,7 @@ class CausalPolicy:
         if self._layout == "padded" or not rows:
             return
         batch = collate([(row,) for row in rows])
-        plain = self._plain(batch, Path("padded", None))
+        plain = [self.plain_logps(row) for row in rows]
         if (reason := self._differs(batch, plain)) is None:
             return
         tried = self.path
@@ -226,20 +227,22 @@ class CausalPolicy:
         if self.path.layout != tried.layout:
             refuse_if_asked(self._layout, reason)
 
-    def _plain(self, batch: Batch, path: Path) -> Tensor:
-        with self.evaluating():
-            logps: Tensor = self._scorer(batch, LOGPS, path, None).logps.float().cpu()
-        return logps[batch["mask"]]
-
-    def _differs(self, batch: Batch, plain: Tensor) -> str | None:
+    def _differs(self, batch: Batch, plain: Sequence[PlainLogps]) -> str | None:
         def compare() -> str | None:
-            off = float((self._plain(batch, self.path) - plain).abs().mean())
-            allowed = FULL_PRECISION if self.dist.dtype == torch.float32 else LOW_PRECISION
-            if off <= allowed:
+            with self.evaluating():
+                found = self._scorer(batch, LOGPS, self.path, None).logps.float().cpu()
+            off = [found[i, : len(row.known)][row.known] - row.logps[row.known] for i, row in enumerate(plain)]
+            apart = float(torch.cat(off).abs().mean())
+            if apart <= (FULL_PRECISION if self.dist.dtype == torch.float32 else LOW_PRECISION):
                 return None
-            return f"at first use it gave other log-probabilities than padded rows, by {off:.2g} nats a token"
+            return f"at first use it gave other log-probabilities than plain transformers, by {apart:.2g} nats a token"
 
         return first_failure(compare)
+
+    def plain_logps(self, row: Row) -> PlainLogps:
+        """The row alone through the model's own forward, in eval mode."""
+        with self.evaluating(), self.dist.autocast():
+            return plain_logps(self.bare, row, self.dist.device)
 
     @contextmanager
     def on_padded_rows(self) -> Iterator[None]:
@@ -306,13 +309,13 @@ class CausalPolicy:
 
 
 def _telling(units: Sequence[Unit]) -> list[Row]:
-    """Rows that show a wrong path: the longest with those of its unit, and the shortest."""
+    """Rows that show a wrong path: the longest with another of its unit, and the shortest."""
     rows = [row for unit in units for row in unit if any(row.trained)]
     if not rows:
         return []
     longest = max(units, key=lambda unit: max(len(row.tokens) for row in unit))
-    mates = [row for row in longest if any(row.trained)]
-    return [*mates, min(rows, key=lambda row: len(row.tokens))]
+    mates = sorted((row for row in longest if any(row.trained)), key=lambda row: -len(row.tokens))
+    return [*mates[:2], min(rows, key=lambda row: len(row.tokens))]
 
 
 def _cast_copy(model: Any, dtype: torch.dtype) -> Any:

@@ -20,7 +20,7 @@ BLOCK_ELEMENTS = {"cpu": 2**19}
 """Logits worked on at a time, so that the passes over them stay in a processor's cache; elsewhere all at once."""
 CHUNK_BYTES = 64 * 2**20
 """Logits computed by one matrix product, where several units fit into it."""
-MAX_CHUNK_BYTES = 256 * 2**20
+MAX_CHUNK_BYTES = 384 * 2**20
 """A single unit whose logits are larger is computed twice, in pieces of `CHUNK_BYTES`."""
 
 
@@ -109,7 +109,6 @@ class HeadChunk:
         buffer: Tensor,
         entropy: bool,
         correct: bool,
-        backward: bool,
     ) -> None:
         """`weight` is the head's in the dtype of the products, `buffer` [at least S, V] in that of the logits."""
         self._hidden, self._head, self._weight, self._targets = hidden.to(weight.dtype), head, weight, targets
@@ -129,36 +128,42 @@ class HeadChunk:
             self._z.new_empty(size) if correct else None,
         )
         for where in self._blocks():
-            self._normalise(where, backward)
+            self._normalise(where)
 
     def _blocks(self) -> list[slice]:
         size, vocabulary = self._z.shape
         rows = max(1, BLOCK_ELEMENTS.get(self._z.device.type, self._z.numel()) // max(1, vocabulary))
+        rows += -rows % torch.get_num_threads()  # rows are shared out among them: none shall wait
         return [slice(start, min(start + rows, size)) for start in range(0, size, rows)]
 
-    def _normalise(self, where: slice, backward: bool) -> None:
-        """Logits → log-probabilities, the scores taken → probabilities where a gradient will be asked for."""
+    def _normalise(self, where: slice) -> None:
+        """Take the scores of some rows; leave probabilities, or logs of them where a softcap's slope needs those."""
         z, targets = self._z[where], self._targets[where]
         if self._head.softcap is not None:
             z.div_(self._head.softcap).tanh_().mul_(self._head.softcap)
-            at_first = z[:, 0].clone()
-        torch._log_softmax(z, -1, False, out=z)
-        if self._normaliser is not None:
-            self._normaliser[where] = at_first - z[:, 0]
-        picked = z.gather(-1, targets[:, None]).squeeze(-1)
-        self.scores.logps[where] = picked
+        right, most = z.gather(-1, targets[:, None]).squeeze(-1), z.amax(-1)
+        below = z - most[:, None] if self.scores.entropy is not None else None
+        if self._normaliser is None:
+            torch._softmax(z, -1, False, out=z)
+            rest = -z.amax(-1).log_()  # log Σ exp(logit - most): the largest probability is one over the sum
+        else:
+            torch._log_softmax(z, -1, False, out=z)
+            rest = -z.amax(-1)
+            self._normaliser[where] = most + rest
+        self.scores.logps[where] = (right - most) - rest
         if self.scores.correct is not None:
-            self.scores.correct[where] = (picked >= z.amax(-1)).to(z.dtype)
-        if self.scores.entropy is not None:
-            p = z.exp()
-            self.scores.entropy[where] = -torch.linalg.vecdot(p, z.clamp_(min=-1e30))
-            if backward and self._head.softcap is None:
-                z.copy_(p)
-        elif backward and self._head.softcap is None:
-            z.exp_()
+            self.scores.correct[where] = (right >= most).to(z.dtype)
+        if self.scores.entropy is not None and below is not None:
+            p = z if self._normaliser is None else z.exp()
+            entropy = rest - torch.linalg.vecdot(p, below)
+            if not bool(entropy.isfinite().all()):  # 0 · -inf, where a model forbids some tokens
+                entropy = rest - torch.linalg.vecdot(p, below.clamp_(min=-1e30))
+            self.scores.entropy[where] = entropy
 
-    def backward(self, grad: Tensor, hidden_grad: Tensor, weight_grad: Tensor | None, bias_grad: Tensor | None) -> None:
-        """Write the gradient [S, hidden] for d loss / d logps = `grad` [S], and add those of the weights."""
+    def backward(
+        self, grad: Tensor, hidden_grad: Tensor, weight_grad: Tensor | None, bias_grad: Tensor | None, *, first: bool
+    ) -> None:
+        """Write the gradient [S, hidden] for d loss / d logps = `grad` [S]; write (`first`) or add the weights'."""
         grad = grad.to(self._z.dtype)
         for where in self._blocks():
             z, g = self._z[where], grad[where, None]
@@ -177,12 +182,15 @@ class HeadChunk:
         else:
             hidden_grad.copy_(torch.mm(z, self._weight))
         if weight_grad is not None:
-            if weight_grad.dtype == z.dtype:
-                weight_grad.addmm_(z.t(), self._hidden)
+            if weight_grad.dtype != z.dtype:
+                product = torch.mm(z.t(), self._hidden)
+                weight_grad.copy_(product) if first else weight_grad.add_(product)
+            elif first:
+                torch.mm(z.t(), self._hidden, out=weight_grad)
             else:
-                weight_grad.add_(torch.mm(z.t(), self._hidden))
+                weight_grad.addmm_(z.t(), self._hidden)
         if bias_grad is not None:
-            bias_grad.add_(self._z.sum(0))
+            bias_grad.copy_(self._z.sum(0)) if first else bias_grad.add_(self._z.sum(0))
 
 
 Objective = Callable[[int, TokenScores], Tensor]
@@ -213,7 +221,7 @@ class _Sweep:
         size = max(1, CHUNK_BYTES // self.row_bytes)
         return [(a, min(a + size, stop)) for a in range(start, stop, size)]
 
-    def chunk(self, start: int, stop: int, *, backward: bool, again: bool = False) -> HeadChunk:
+    def chunk(self, start: int, stop: int, *, again: bool = False) -> HeadChunk:
         """Positions start … stop - 1; the chunk before is overwritten. `again`: only for the gradient."""
         if len(self._buffer) < stop - start:
             self._buffer = self.hidden.new_empty(0, dtype=self._wide)  # free before taking more
@@ -225,13 +233,12 @@ class _Sweep:
                 self.weight,
                 self.targets[start:stop],
                 buffer=self._buffer,
-                backward=backward,
                 **({"entropy": False, "correct": False} if again else self._wants),
             )
 
     def scores(self, start: int, stop: int) -> TokenScores:
         """Scores of a range of any length, in pieces; no gradient will be asked for."""
-        parts = [self.chunk(a, b, backward=False).scores for a, b in self.pieces(start, stop)]
+        parts = [self.chunk(a, b).scores for a, b in self.pieces(start, stop)]
         if not parts:
             empty = self.hidden.new_zeros(0, dtype=self._wide)
             # Each its own tensor: autograd would take one that is not differentiable for all three.
@@ -250,16 +257,22 @@ class _Gradients:
         wants_weight, wants_bias = needs[1], needs[2]
         head = sweep.head
         self._hidden = torch.zeros_like(sweep.hidden)
-        self._weight = torch.zeros_like(head.weight) if wants_weight else None
-        self._bias = torch.zeros_like(head.bias) if head.bias is not None and wants_bias else None
+        self._weight = torch.empty_like(head.weight) if wants_weight else None
+        self._bias = torch.empty_like(head.bias) if head.bias is not None and wants_bias else None
+        self._first = True
 
     def add(self, chunk: HeadChunk, start: int, stop: int, grad: Tensor) -> None:
         """The share of positions start … stop - 1."""
         with torch.autocast(self._hidden.device.type, enabled=False):
-            chunk.backward(grad, self._hidden[start:stop], self._weight, self._bias)
+            chunk.backward(grad, self._hidden[start:stop], self._weight, self._bias, first=self._first)
+        self._first = False
 
     def all(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Of states, weight and bias."""
+        if self._first:  # nothing was scored, and nothing written
+            for x in (self._weight, self._bias):
+                if x is not None:
+                    x.zero_()
         return self._hidden, self._weight, self._bias
 
 
@@ -280,7 +293,7 @@ class _OnePassLoss(torch.autograd.Function):
         total: Tensor | None = None
         for i, (start, stop) in enumerate(chunks):
             fits = (stop - start) * sweep.row_bytes <= MAX_CHUNK_BYTES
-            chunk = sweep.chunk(start, stop, backward=True) if fits else None
+            chunk = sweep.chunk(start, stop) if fits else None
             scores = chunk.scores if chunk is not None else sweep.scores(start, stop)
             leaf = scores.logps.detach().requires_grad_()
             with torch.enable_grad():
@@ -291,7 +304,7 @@ class _OnePassLoss(torch.autograd.Function):
                 gradients.add(chunk, start, stop, grad)
             else:
                 for a, b in sweep.pieces(start, stop):
-                    gradients.add(sweep.chunk(a, b, backward=True, again=True), a, b, grad[a - start : b - start])
+                    gradients.add(sweep.chunk(a, b, again=True), a, b, grad[a - start : b - start])
         assert total is not None
         ctx.gradients = gradients.all()
         return total
@@ -362,7 +375,7 @@ class _ChunkedLogps(torch.autograd.Function):
         sweep: _Sweep = ctx.sweep
         gradients = _Gradients(sweep, ctx.needs_input_grad)
         for start, stop in sweep.pieces(0, len(sweep.targets)):
-            gradients.add(sweep.chunk(start, stop, backward=True, again=True), start, stop, grad[start:stop])
+            gradients.add(sweep.chunk(start, stop, again=True), start, stop, grad[start:stop])
         return (*gradients.all(), None)
 
 

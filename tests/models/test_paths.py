@@ -11,9 +11,10 @@ from alignkit.core.errors import RecipeError
 from alignkit.core.types import Row
 from alignkit.data.collate import collate
 from alignkit.dist.engine import DistEngine
-from alignkit.models import attention, policy
+from alignkit.models import attention, plain, policy
 from alignkit.models.attention import stream_attention
 from alignkit.models.paths import Path, choose_path
+from alignkit.models.plain import plain_logps
 from alignkit.models.policy import CausalPolicy, ForwardOptions
 from tests.models.test_exactness import LOGPS, WIDE, build, pairs
 
@@ -171,7 +172,7 @@ def test_attention_that_lies_is_found_out(monkeypatch):
     found = tried(build("llama"))
     assert (found.path.layout, found.path.head is not None) == ("padded", True)
     assert len(found.path.why) == 1
-    assert found.path.why[0].startswith("at first use it gave other log-probabilities than padded rows, by ")
+    assert found.path.why[0].startswith("at first use it gave other log-probabilities than plain transformers, by ")
     assert_answers_as_padded(found)
     for layout in ("packed", "prefix_shared"):
         with pytest.raises(RecipeError, match=rf"model\.layout: {layout} .* at first use it gave other"):
@@ -209,7 +210,7 @@ def test_a_head_that_does_more_than_its_weights_say():
     model.lm_head.register_forward_hook(lambda _, __, logits: logits / 2)
     found = tried(model)
     assert (found.path.layout, found.path.head) == ("prefix_shared", None)
-    assert found.path.why[-1].startswith("at first use it gave other log-probabilities than padded rows, by ")
+    assert found.path.why[-1].startswith("at first use it gave other log-probabilities than plain transformers, by ")
     assert_answers_as_padded(found)
 
 
@@ -226,7 +227,7 @@ def test_nothing_to_try_changes_nothing(monkeypatch, units):
 
 def test_padded_rows_need_no_trial(monkeypatch):
     found = CausalPolicy(build("llama"), DistEngine(torch.float32), ForwardOptions("padded"))
-    monkeypatch.setattr(found, "_plain", None)
+    monkeypatch.setattr(found, "plain_logps", None)
     found.try_path(UNITS)
 
 
@@ -240,14 +241,24 @@ def test_a_trial_leaves_the_model_as_it_was():
 
 def test_the_longest_unit_with_its_mates_and_the_shortest_row_are_tried(monkeypatch):
     shown: list[int] = []
-    original = CausalPolicy._plain
+    original = CausalPolicy.plain_logps
 
-    def watch(self: CausalPolicy, batch: Any, path: Path) -> Any:
-        shown.append([int(n) for n in batch.inputs["attention"].sum(1)])
-        return original(self, batch, path)
+    def watch(self: CausalPolicy, row: Row) -> Any:
+        shown.append(len(row.tokens))
+        return original(self, row)
 
-    monkeypatch.setattr(CausalPolicy, "_plain", watch)
+    monkeypatch.setattr(CausalPolicy, "plain_logps", watch)
     tried(build("llama"))
     lengths = [[len(row.tokens) for row in unit] for unit in UNITS]
-    expected = [*max(lengths, key=max), min(min(unit) for unit in lengths)]
-    assert shown == [expected, expected]
+    assert shown == [*sorted(max(lengths, key=max), reverse=True), min(min(unit) for unit in lengths)]
+
+
+def test_only_the_end_of_a_long_row_is_compared_where_the_model_lets_one_choose(monkeypatch):
+    model = build("llama")
+    row = max((row for unit in UNITS for row in unit), key=lambda row: len(row.tokens))
+    whole = plain_logps(model, row, torch.device("cpu"))
+    assert whole.known.tolist() == row.trained
+    monkeypatch.setattr(plain, "KEPT", 6)
+    end = plain_logps(model, row, torch.device("cpu"))
+    assert end.known.nonzero().flatten().tolist() == list(range(len(row.tokens) - 4, len(row.tokens)))
+    torch.testing.assert_close(end.by_shift[:, end.known], whole.by_shift[:, end.known])
