@@ -25,19 +25,24 @@ LayoutName = Literal["padded", "packed", "prefix_shared"]
 WORTHWHILE = 16
 """A prompt is shared where that saves at least one token in so many; reading it from elsewhere has a price too."""
 
+FEW = 0.9
+"""States are chosen from a stream where less than this share of them is read."""
+
 
 @dataclass(frozen=True)
 class Segments:
     """Which tokens of a stream see which. Segments are adjacent, in order, and cover the stream.
 
     `lengths` of all segments; the first `num_prompts` are prompts, with `branches[g]` branches each, which follow in
-    the same order; what is left are rows of their own. `longest` is the number of tokens of the longest row.
+    the same order; what is left are rows of their own. `longest` is the number of tokens of the longest row. `scored`
+    are the places whose states are read, each once; None = all, or so many that choosing them would not pay.
     """
 
     lengths: tuple[int, ...]
     branches: tuple[int, ...]
     longest: int
     device: torch.device
+    scored: Tensor | None = field(default=None, compare=False)
     _masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -290,15 +295,18 @@ def _stream(tokens: Tensor, mask: Tensor, families: list[_Family], device: torch
         before = mask[row].nonzero().flatten() - 1  # the token that predicts
         offset = begins[rest_of[row]] - shared if row in rest_of else 0
         scored.append(torch.where(before < shared, before + begins[piece], before + offset))
+    places = torch.cat(scored) if scored else torch.empty(0, dtype=torch.long)
+    read = torch.unique(places)
     segments = Segments(
         lengths=tuple(lengths),
         branches=tuple(len(family.rest) for family in together),
         longest=max(family.shared + max(family.rest, default=0) for family in families),
         device=device,
+        scored=read.to(device) if 0 < len(read) < FEW * begins[-1] else None,
     )
     return Inputs(
         tokens=torch.cat([tokens[row, a:b] for row, a, b in pieces])[None].to(device),
         positions=torch.cat([torch.arange(a, b) for _, a, b in pieces])[None].to(device),
         segments=segments,
-        scored=torch.cat(scored).to(device) if scored else torch.empty(0, dtype=torch.long, device=device),
+        scored=places.to(device),
     )

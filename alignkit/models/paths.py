@@ -12,6 +12,7 @@ from torch import nn
 from alignkit.core.errors import RecipeError
 from alignkit.models.attention import NAMES, UnsupportedAttention, install
 from alignkit.models.layout import LayoutName
+from alignkit.models.trim import install_trim
 from alignkit.ops.logps import Head
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -58,6 +59,7 @@ def choose_path(bare: Any, layout: str, attn_implementation: str | None) -> Path
     reason = _no_stream(model, attn_implementation)
     if reason is None:
         install(model)
+        install_trim(model.base_model)
         return Path("packed" if layout == "packed" else "prefix_shared", head, why)
     refuse_if_asked(layout, reason)
     return Path("padded", head, (*why, reason))

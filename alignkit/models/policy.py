@@ -233,7 +233,8 @@ class CausalPolicy:
                 found = self._scorer(batch, LOGPS, self.path, None).logps.float().cpu()
             off = [found[i, : len(row.known)][row.known] - row.logps[row.known] for i, row in enumerate(plain)]
             apart = float(torch.cat(off).abs().mean())
-            if apart <= (FULL_PRECISION if self.dist.dtype == torch.float32 else LOW_PRECISION):
+            allowed = FULL_PRECISION if self.dist.dtype == torch.float32 else LOW_PRECISION
+            if apart <= allowed or not any(len(x) for x in off):
                 return None
             return f"at first use it gave other log-probabilities than plain transformers, by {apart:.2g} nats a token"
 

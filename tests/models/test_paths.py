@@ -253,6 +253,14 @@ def test_the_longest_unit_with_its_mates_and_the_shortest_row_are_tried(monkeypa
     assert shown == [*sorted(max(lengths, key=max), reverse=True), min(min(unit) for unit in lengths)]
 
 
+def test_rows_trained_too_far_from_their_end_tell_nothing(monkeypatch):
+    monkeypatch.setattr(plain, "KEPT", 4)
+    row = Row([3, *range(4, 20)], [False, True] + [False] * 15)
+    found = CausalPolicy(build("llama"), DistEngine(torch.float32))
+    found.try_path([(row,)])
+    assert found.path.why == ()
+
+
 def test_only_the_end_of_a_long_row_is_compared_where_the_model_lets_one_choose(monkeypatch):
     model = build("llama")
     row = max((row for unit in UNITS for row in unit), key=lambda row: len(row.tokens))
