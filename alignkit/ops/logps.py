@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 BLOCK_ELEMENTS = {"cpu": 2**19}
 """Logits worked on at a time, so that the passes over them stay in a processor's cache; elsewhere all at once."""
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 256 * 2**20
 """Logits computed by one matrix product, where several units fit into it."""
 MAX_CHUNK_BYTES = 384 * 2**20
 """A single unit whose logits are larger is computed twice, in pieces of `CHUNK_BYTES`."""
