@@ -22,9 +22,9 @@ sys.path[:1] = [str(ROOT / "scripts"), str(ROOT)]
 LAYOUTS = ("padded", "packed", "prefix_shared")
 START = {"groups": 4, "completions": 2, "prompt": 200, "vocabulary": 2048}
 AXES = {
-    "groups": (1, 2, 4, 8, 16),
-    "completions": (1, 2, 4, 8, 16),
-    "prompt": (50, 100, 200, 400, 800, 1600),
+    "groups": (1, 2, 4, 8),
+    "completions": (1, 2, 4, 8),
+    "prompt": (50, 200, 800, 1600),
     "vocabulary": (2048, 8192, 32768, 151936),
 }
 TITLES = {
