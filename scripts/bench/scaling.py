@@ -20,16 +20,16 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:1] = [str(ROOT / "scripts"), str(ROOT)]
 
 LAYOUTS = ("padded", "packed", "prefix_shared")
-START = {"groups": 4, "completions": 2, "prompt": 200, "vocabulary": 2048}
+START = {"groups": 2, "completions": 2, "prompt": 200, "vocabulary": 2048}
 AXES = {
     "groups": (1, 2, 4, 8),
     "completions": (1, 2, 4, 8),
-    "prompt": (50, 200, 800, 1600),
-    "vocabulary": (2048, 8192, 32768, 151936),
+    "prompt": (50, 400, 1600),
+    "vocabulary": (2048, 32768, 151936),
 }
 TITLES = {
     "groups": "prompts in a batch, 2 completions each",
-    "completions": "completions of a prompt, 4 prompts",
+    "completions": "completions of a prompt, 2 prompts",
     "prompt": "tokens of a prompt",
     "vocabulary": "words of the vocabulary",
 }
