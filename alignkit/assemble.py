@@ -23,10 +23,10 @@ from alignkit.core.registry import load_object, register
 from alignkit.core.rng import key
 from alignkit.core.types import Group, Unit
 from alignkit.data.config import DataConfig
-from alignkit.data.groups import load_groups
+from alignkit.data.groups import label_pairs, load_groups
 from alignkit.data.render import Renderer
 from alignkit.data.report import DataReport
-from alignkit.data.stream import Stream
+from alignkit.data.stream import Stream, with_partners
 from alignkit.dist.engine import DistEngine
 from alignkit.loop.checkpoint import Checkpoints
 from alignkit.loop.evaluate import Evaluator
@@ -35,7 +35,8 @@ from alignkit.loop.round import Progress, Round
 from alignkit.loop.trainer import Trainer
 from alignkit.models.cache import LogpsCache
 from alignkit.models.config import ModelConfig, RosterModelConfig
-from alignkit.models.load import check_context, fingerprint, load_policy, load_renderer
+from alignkit.models.heads import members
+from alignkit.models.load import check_context, fingerprint, load_policy, load_renderer, set_padding
 from alignkit.models.policy import CausalPolicy, ForwardOptions
 from alignkit.models.roster import AdapterReference, FrozenModel, Roster, ScoringModel
 from alignkit.recipe import Recipe
@@ -93,18 +94,27 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
     folder = Path(recipe.output_dir)
     torch.manual_seed(key(recipe.seed, "start"))
     algorithm = build_algorithm(recipe)
+    needs = algorithm.needs
     renderer = load_renderer(recipe.model)
     sources, reports = _load_all(recipe.data, renderer, recipe, algorithm, "data")
     held_out_sources, held_out_reports = _load_all(recipe.eval.data, renderer, recipe, algorithm, "eval.data")
     reports += held_out_reports
     console.print("\n".join(line for report in reports for line in report.lines()), markup=False)
     groups, held_out = _flat(sources), _flat(held_out_sources)
+    held_out = with_partners(held_out, recipe.train.max_length) if needs.partners else held_out
 
-    bare = load_policy(recipe.model, recipe.seed)
+    heads = algorithm.heads()
+    if recipe.eval.num_samples and not heads.is_language:
+        raise RecipeError(f"eval.num_samples: {recipe.algorithm.name} scores text and writes none; leave it at 0")
+    bare = load_policy(recipe.model, recipe.seed, heads)
     check_context(bare, recipe.train.max_length)
-    policy = CausalPolicy(bare.to(dist.device), dist, _options(recipe.model))
+    if not heads.is_language:
+        set_padding(members(bare), renderer)
+    policy = CausalPolicy(bare.to(dist.device), dist, _options(recipe.model), heads)
     _check_weights(policy, recipe.model.name_or_path)
-    sample = algorithm.build(_longest_and_shortest(groups))
+    algorithm.prepare(groups)
+    tried = _longest_and_shortest(groups)
+    sample = algorithm.build(with_partners(tried, recipe.train.max_length) if needs.partners else tried)
     policy.try_path(sample)
     roster = _roster(recipe, policy, algorithm, sample)
     optimizer = build_optimizer(policy.parameters(), recipe.train)
@@ -116,8 +126,10 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
         groups_per_round=recipe.train.batch_size,
         rank=dist.world.rank,
         size=dist.world.size,
+        partners=recipe.train.max_length if needs.partners else None,
+        strata=needs.strata,
     )
-    progress = plan_progress(recipe, stream)
+    progress = plan_progress(recipe, stream, algorithm)
     files = [JsonlSink(folder / name) for name in ("metrics.jsonl", "samples.jsonl")] if dist.is_main else []
     sinks = make_sinks(recipe.track, folder, console, quiet=console.quiet) if dist.is_main else []
 
@@ -136,7 +148,7 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
         roster=roster,
         progress=progress,
         round=Round(recipe.seed, recipe.train.batch_size, recipe.train.epochs_per_round),
-        track=Tracker(files[0] if files else None, sinks, recipe.train.logging_steps),
+        track=Tracker(files[0] if files else None, sinks, recipe.train.logging_steps, algorithm.derive),
         checkpoints=Checkpoints(folder, recipe.train.save_total_limit, dist.world),
         evaluator=Evaluator(
             recipe.eval,
@@ -148,6 +160,7 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
             sampler=build_sampler(policy, renderer, recipe.eval.sampling, recipe.seed),
             score=_scorer(recipe, held_out, renderer),
             samples=files[1] if files else None,
+            say=lambda text: console.print(text, markup=False),
         ),
         write_model=partial(write_model, policy, renderer),
         starts_at_reference=_starts_at_reference(recipe, algorithm, policy),
@@ -158,7 +171,8 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
 def write_model(policy: CausalPolicy, renderer: Renderer, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Weights (in `dtype`; None = as they are trained) and tokenizer, as a folder plain transformers or peft loads."""
     policy.save(folder, dtype)
-    renderer.tokenizer.save_pretrained(folder)
+    for place in policy.folders(folder):
+        renderer.tokenizer.save_pretrained(place)
 
 
 def build_algorithm(recipe: Recipe) -> Algorithm[Any]:
@@ -169,14 +183,15 @@ def build_algorithm(recipe: Recipe) -> Algorithm[Any]:
     return target(recipe.algorithm)
 
 
-def plan_progress(recipe: Recipe, stream: Stream) -> Progress:
+def plan_progress(recipe: Recipe, stream: Stream, algorithm: Algorithm[Any]) -> Progress:
     """How many rounds and optimizer steps the recipe asks for."""
     config = recipe.train
     rounds = max(1, round(config.num_epochs * stream.rounds_per_epoch))
-    steps = rounds * config.epochs_per_round
     if config.max_steps is not None:
         return Progress(max(rounds, config.max_steps), config.max_steps)
-    return Progress(rounds, steps)
+    units = (sum(map(algorithm.count_units, groups)) for groups in stream.rounds(rounds))
+    steps = sum(ceil(count / config.batch_size) for count in units) * config.epochs_per_round
+    return Progress(rounds, max(1, steps))
 
 
 def build_sampler(policy: CausalPolicy, renderer: Renderer, sampling: SamplingConfig, seed: int) -> NativeEngine:
@@ -197,6 +212,8 @@ def _load_all(
     sources, reports = [], []
     for i, entry in enumerate(entries):
         groups, report = load_groups(entry, renderer, max_length=recipe.train.max_length)
+        if report.format == "preference" and "label" in algorithm.needs.fields:
+            groups = label_pairs(groups)
         _check_needs(groups, algorithm, recipe.algorithm.name, f"{block}.{i}", report)
         sources.append(groups)
         reports.append(report)
@@ -318,4 +335,4 @@ def _other_model(
 def _starts_at_reference(recipe: Recipe, algorithm: Algorithm[Any], policy: CausalPolicy) -> bool:
     uses = "reference.logps" in algorithm.needs.columns
     source = recipe.models["reference"].source if "reference" in recipe.models else "policy"
-    return uses and source == "policy" and not policy.is_noisy
+    return uses and source == "policy" and not policy.is_noisy and policy.heads.noise == 0

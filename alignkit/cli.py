@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ import alignkit
 from alignkit.core.errors import AlignkitError, RecipeError
 
 if TYPE_CHECKING:
+    from alignkit.data.config import DataConfig
     from alignkit.recipe import Recipe
     from alignkit.run import RunResult
 
@@ -35,7 +37,7 @@ def _group(text: str, **options: Any) -> typer.Typer:
 app = _group("Preference optimization: every method one recipe away.", no_args_is_help=True)
 algorithms = _group("The methods a recipe can name.", invoke_without_command=True)
 recipes = _group("Shipped recipes, and the schema of yours.", invoke_without_command=True)
-data = _group("Look at data as the model will see it.", no_args_is_help=True)
+data = _group("Look at data as the model will see it, judge it, and bring it into another shape.", no_args_is_help=True)
 app.add_typer(algorithms, name="algorithms")
 app.add_typer(recipes, name="recipes")
 app.add_typer(data, name="data")
@@ -45,7 +47,17 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="a.b=v", help="Settings to change: train.learning_rate=2e-6")
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder: the output_dir of a recipe.")]
+HeadWeights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="a=1,b=0", help="What each output layer counts, of a model with several; none = all the same."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Format = Annotated[str, typer.Option("--format", help="Shape or layout of the rows; auto looks at columns and rows.")]
+Fields = Annotated[
+    list[str] | None, typer.Option("--fields", metavar="OURS=THEIRS", help="Column names, as `fields` of a data entry.")
+]
 
 
 class _Verbosity:
@@ -126,13 +138,15 @@ def sample(
     num: Annotated[int, typer.Option(min=1, help="Completions a prompt.")] = 1,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 = the most likely token.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a completion.")] = None,
+    head_weights: HeadWeights = None,
     as_json: AsJson = False,
 ) -> None:
     """Draw completions from a run's model."""
+    weights = _read_weights(head_weights)
     _must_exist(run)
     from alignkit.run import sample as draw
 
-    drawn = draw(run, prompt or (), num, temperature, max_tokens)
+    drawn = draw(run, prompt or (), num, temperature, max_tokens, weights)
     if as_json:
         typer.echo(json.dumps(drawn, ensure_ascii=False, indent=1))
         return
@@ -142,6 +156,21 @@ def sample(
         typer.echo(f"  {found['completion']}")
 
 
+@app.command()
+def export(
+    run: Run,
+    destination: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    head_weights: HeadWeights = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; none = the recipe's.")] = None,
+) -> None:
+    """Write a run's model for plain transformers: adapters merged, heads mixed."""
+    weights = _read_weights(head_weights)
+    _must_exist(run)
+    from alignkit.run import export as write
+
+    typer.echo(write(run, destination, head_weights=weights, dtype=dtype))
+
+
 @algorithms.callback()
 def list_algorithms(context: typer.Context, as_json: AsJson = False) -> None:
     """The methods a recipe can name."""
@@ -149,7 +178,14 @@ def list_algorithms(context: typer.Context, as_json: AsJson = False) -> None:
         return
     from alignkit.core.registry import register
 
-    found = {name: _first_line(register.algorithm.get(name).target) for name in register.algorithm.names()}
+    entries = {name: register.algorithm.get(name) for name in register.algorithm.names()}
+    plain = {entry.target: name for name, entry in entries.items() if not entry.preset}
+    found = {
+        name: f"{plain[entry.target]} with {', '.join(f'{key} {value}' for key, value in entry.preset.items())}"
+        if entry.preset and entry.target in plain
+        else _first_line(entry.target)
+        for name, entry in entries.items()
+    }
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False, indent=1))
         return
@@ -171,9 +207,12 @@ def show_algorithm(name: str, as_json: AsJson = False) -> None:
     config = config_type(entry)
     rows: list[dict[str, Any]] = []
     for key, info in config.model_fields.items():
-        default = entry.preset.get(key, name if key == "name" else info.get_default(call_default_factory=True))
+        required = info.is_required() and key != "name" and key not in entry.preset
+        usual = name if key == "name" else None if required else info.get_default(call_default_factory=True)
+        default = entry.preset.get(key, usual)
         expected = describe_type(info.annotation, info.metadata)
-        rows.append({"key": key, "default": default, "type": expected, "description": info.description or ""})
+        row = {"key": key, "default": default, "type": expected, "description": info.description or ""}
+        rows.append({**row, "required": required})
     module = inspect.getmodule(entry.target)
     about = inspect.getdoc(module) or inspect.getdoc(entry.target) or ""
     if as_json:
@@ -181,7 +220,10 @@ def show_algorithm(name: str, as_json: AsJson = False) -> None:
         typer.echo(json.dumps(shown, ensure_ascii=False, indent=1, default=str))
         return
     typer.echo(f"{name}\n\n{about}\n\nalgorithm:")
-    _print_table([[f"  {row['key']}", _yaml(row["default"]), row["type"], row["description"]] for row in rows])
+    defaults = ["required" if row["required"] else _yaml(row["default"]) for row in rows]
+    _print_table(
+        [[f"  {row['key']}", told, row["type"], row["description"]] for row, told in zip(rows, defaults, strict=True)]
+    )
     typer.echo("\nneeds:")
     _print_table([[f"  {key}", _yaml(value)] for key, value in needs.items()])
 
@@ -253,9 +295,96 @@ def show_data(
     renderer = load_renderer(loaded.model)
     console = Console(highlight=False, soft_wrap=True)
     for entry in loaded.data:
-        groups, report = load_groups(entry, renderer, max_length=loaded.train.max_length)
+        everything = entry.model_copy(update={"max_bad_fraction": 1.0})  # to see what is wrong is why one looks
+        groups, report = load_groups(everything, renderer, max_length=loaded.train.max_length)
         console.print("\n".join(report.lines()), markup=False)
         print_groups(groups[:rows], renderer.decode, renderer.stop_ids, console)
+
+
+@data.command("lint")
+def lint_data(
+    source: Annotated[str, typer.Argument(metavar="RECIPE|FILE", help="A recipe, or a data file, folder or hub id.")],
+    overrides: Overrides = None,
+    eval_file: Annotated[
+        list[Path] | None, typer.Option("--eval", metavar="FILE", help="Evaluation set of a data file.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Count the tokens of a data file by this model's tokenizer.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and completion, with MODEL.")] = None,
+    fields: Fields = None,
+    format_: Format = "auto",
+    strict: Annotated[bool, typer.Option(help="Exit with 1 when there is a warning.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Look for duplicates, contradictions, truncation, biases and leaks."""
+    from alignkit.data.lint import lint
+    from alignkit.models.config import ModelConfig
+
+    model: ModelConfig | None = None
+    if _is_recipe(source):
+        if eval_file or tokenizer or max_length or fields or format_ != "auto":
+            raise RecipeError("a recipe says by itself what its evaluation set, tokenizer and columns are")
+        loaded = _load(source, overrides)
+        entries, held_out = loaded.data, loaded.eval.data
+        model, max_length = loaded.model, loaded.train.max_length
+    else:
+        if overrides:
+            raise RecipeError(f"{source} is not a recipe, so that {overrides[0]!r} has nothing to change")
+        if max_length is not None and tokenizer is None:
+            raise RecipeError("--max-length counts tokens: say whose with --tokenizer MODEL")
+        entries = [_entry(source, format_, fields)]
+        held_out = [_entry(str(path), format_, fields) for path in eval_file or ()]
+        if tokenizer is not None:
+            model = ModelConfig(name_or_path=tokenizer)
+    renderer = None
+    if model is not None:
+        from alignkit.models.load import load_renderer
+
+        renderer = load_renderer(model)
+    reports = [lint(entry, held_out, renderer, max_length) for entry in entries]
+    if as_json:
+        typer.echo(json.dumps([report.to_json() for report in reports], ensure_ascii=False, indent=1))
+    else:
+        typer.echo("\n".join(line for report in reports for line in report.lines()))
+    if strict and any(report.warnings for report in reports):
+        raise typer.Exit(1)
+
+
+@data.command("convert")
+def convert_data(
+    source: Annotated[str, typer.Argument(metavar="IN", help="A data file, folder or hub id.")],
+    destination: Annotated[Path, typer.Argument(metavar="OUT", help="A .jsonl, .json or .parquet file, also .gz.")],
+    to: Annotated[
+        str | None, typer.Option(metavar="SHAPE", help="preference, unpaired, ranked or prompt_completion.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Score from which on an answer is labelled true, for unpaired rows.")
+    ] = None,
+    operation: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Operation to apply before; with keys: '{name: NAME, key: value}'."),
+    ] = None,
+    fields: Fields = None,
+    format_: Format = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write rows in another shape, and say what is lost."""
+    from alignkit.core.reading import did_you_mean
+    from alignkit.data.convert import SOURCES, convert
+
+    if to is not None and to not in SOURCES:
+        hint = did_you_mean(to, SOURCES) or f"expected {', '.join(SOURCES)}"
+        raise RecipeError(f"--to {to}: rows cannot be written in that shape; {hint}")
+    entry = _entry(source, format_, fields, operation)
+    target = next((shape for shape in SOURCES if shape == to), None)
+    watch = _progress if sys.stderr.isatty() and not _Verbosity.quiet and not as_json else list
+    account = convert(entry, destination, target, overwrite=overwrite, threshold=threshold, watch=watch)
+    if as_json:
+        typer.echo(json.dumps(account.to_json(), ensure_ascii=False, indent=1))
+    elif not _Verbosity.quiet:
+        typer.echo("\n".join([*account.lines(), f"written  {destination}"]))
 
 
 @app.command()
@@ -274,6 +403,71 @@ def _load(recipe: str, overrides: list[str] | None) -> Recipe:
     return load_recipe(recipe, overrides or (), files=True)
 
 
+def _read_weights(text: str | None) -> dict[str, float] | list[float] | None:
+    """`a=1,b=0`, or `1,0` in the order of the heads."""
+    if text is None:
+        return None
+    pairs = [part.rpartition("=") for part in text.split(",")]
+    try:
+        numbers = [float(number) for _, _, number in pairs]
+    except ValueError:
+        numbers = []
+    named = [name.strip() for name, sign, _ in pairs if sign]
+    if not numbers or len(named) not in (0, len(pairs)) or len(set(named)) < len(named):
+        raise RecipeError(f"--head-weights {text}: expected a number for each head, as a=1,b=0.5 or 1,0.5")
+    return dict(zip(named, numbers, strict=True)) if named else numbers
+
+
+def _is_recipe(source: str) -> bool:
+    from alignkit.recipe import shipped_recipes
+
+    return source.endswith((".yaml", ".yml")) or (source in shipped_recipes() and not Path(source).exists())
+
+
+def _entry(
+    path: str, format_: str, fields: Sequence[str] | None, operations: Sequence[str] | None = None
+) -> DataConfig:
+    """The data entry that options describe, held to the same rules as one of a recipe."""
+    from typing import get_args
+
+    import yaml
+    from pydantic import ValidationError
+
+    from alignkit.core.reading import did_you_mean
+    from alignkit.data.config import DataConfig, Format
+
+    if format_ not in get_args(Format):
+        hint = did_you_mean(format_, get_args(Format)) or f"expected {', '.join(get_args(Format))}"
+        raise RecipeError(f"--format {format_}: no such shape or layout; {hint}")
+    mapped = [field.partition("=") for field in fields or ()]
+    wrong = next((ours for ours, equals, theirs in mapped if not (ours and equals and theirs)), None)
+    if wrong is not None:
+        raise RecipeError(f"--fields {wrong}: expected OURS=THEIRS, our column and the name it has in the file")
+    try:
+        named = [item if isinstance(item, dict) else {"name": item} for item in map(yaml.safe_load, operations or ())]
+        return DataConfig.model_validate(
+            {
+                "path": path,
+                "format": format_,
+                "fields": {ours: theirs for ours, _, theirs in mapped},
+                "operations": named,
+            }
+        )
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors())
+        raise RecipeError(f"the options do not describe data: {found}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--operation is not YAML: {error}") from None
+
+
+def _progress(rows: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """The rows, with a bar on stderr that follows them."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(rows, "writing", console=Console(stderr=True), transient=True)
+
+
 def _must_exist(run: Path) -> None:
     """Refuse a misspelt folder before anything heavy is imported."""
     if run.is_dir():
@@ -288,6 +482,8 @@ def _must_exist(run: Path) -> None:
 def _print_result(result: RunResult) -> None:
     if _first_process() and not _Verbosity.quiet:
         typer.echo(f"model   {result.folder}")
+        if result.best is not None:
+            typer.echo(f"best    {result.best}")
         if result.report is not None:
             typer.echo(f"report  {result.report}")
 

@@ -7,16 +7,17 @@ import gzip
 import os
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from math import ceil
 from pathlib import Path
+from typing import Any
 
-from alignkit.core.contracts import Needs
+from alignkit.core.contracts import Algorithm, Needs
 from alignkit.core.documents import Mistakes
 from alignkit.core.errors import DataError
-from alignkit.core.reading import did_you_mean
 from alignkit.data.config import DataConfig
-from alignkit.data.shapes import SHAPES, check_columns, detect_format
-from alignkit.data.sources import read_rows
+from alignkit.data.shapes import SHAPES, choose_format
+from alignkit.data.sources import Table, in_our_shape, read_rows
 from alignkit.recipe import Recipe, check_paths, departures, find_algorithm
 
 PEEKED_ROWS = 64
@@ -37,7 +38,8 @@ def check(recipe: Recipe) -> list[str]:
     Raises: RecipeError with every file that is missing, or every data entry whose columns do not fit.
     """
     check_paths(recipe)
-    needs = find_algorithm(recipe.algorithm.name).target.needs
+    method: type[Algorithm[Any]] = find_algorithm(recipe.algorithm.name).target
+    needs = method(recipe.algorithm).needs
     mistakes = Mistakes()
     mistakes.open(recipe.origin.root.place.document)
     entries = {f"data.{i}": entry for i, entry in enumerate(recipe.data)}
@@ -51,9 +53,8 @@ def check(recipe: Recipe) -> list[str]:
         except DataError as error:
             mistakes.add(recipe.origin.place(f"{key}.path"), key, str(error))
     mistakes.stop_if_any()
-    if not recipe.eval.data:
-        lines.append("eval        no held-out data: nothing is evaluated")
-    return [*lines, *_batch_lines(recipe, needs)]
+    lines += _eval_lines(recipe)
+    return [*lines, *_batch_lines(recipe, method)]
 
 
 def _check_model(recipe: Recipe, mistakes: Mistakes) -> None:
@@ -74,15 +75,16 @@ def _describe_data(entry: DataConfig, needs: Needs, algorithm: str) -> str:
     if columns is None:
         where = "is looked for on the hub" if not Path(entry.path).exists() else "is not looked into before the run"
         return f"{entry.path}: unchecked, {where}"
-    shape = detect_format(columns, entry.path) if entry.format == "auto" else entry.format
-    check_columns(shape, columns, entry.path)
+    shape = choose_format(entry.format, columns, entry.path)
     if (needs.preferences or needs.completions > 1) and shape not in ("preference", "ranked"):
         wanted = " or ".join(", ".join(SHAPES[name]) for name in ("preference", "ranked"))
         raise DataError(
             f"{entry.path}: {algorithm} learns from preference or ranked rows; these are {shape!r} rows with the "
-            f"columns {', '.join(columns)}. Expected {wanted}."
+            f"columns {', '.join(columns)}. Expected {wanted}. Answers with scores or labels become pairs by "
+            "`alignkit data convert IN OUT --to preference`."
         )
-    for column in sorted(needs.fields - set(columns)):
+    implied = {"label"} if shape == "preference" else set()
+    for column in sorted(needs.fields - set(columns) - implied):
         raise DataError(
             f"{entry.path}: {algorithm} needs the column {column!r}, there are {', '.join(columns)}. "
             f"`fields: {{{column}: THEIR_COLUMN}}` maps it."
@@ -100,23 +102,17 @@ def _columns(entry: DataConfig) -> list[str] | None:
     if suffixes[-1] in (".jsonl", ".json"):
         return read_rows(entry.model_copy(update={"limit": min(entry.limit or PEEKED_ROWS, PEEKED_ROWS)})).columns
     if suffixes[-1] == ".csv":
-        return _mapped(_csv_header(path), entry)
+        return in_our_shape(_csv_head(path), entry).columns
     return None
 
 
-def _csv_header(path: Path) -> list[str]:
-    return next(csv.reader(line.decode("utf-8-sig", errors="replace") for line in _lines(path)), [])
-
-
-def _mapped(columns: list[str], entry: DataConfig) -> list[str]:
-    theirs = [name for name in entry.fields.values() if not name.startswith("=")]
-    for name in theirs:
-        if name not in columns:
-            raise DataError(
-                f"{entry.path}: `fields` names the column {name!r}, there are {', '.join(columns)}. "
-                f"{did_you_mean(name, columns).capitalize()}".rstrip()
-            )
-    return [*(name for name in columns if name not in theirs), *entry.fields]
+def _csv_head(path: Path) -> Table:
+    """The first rows of a CSV file. Raises DataError when there is none."""
+    lines = (line.decode("utf-8-sig", errors="replace") for line in _lines(path))
+    rows = list(islice(csv.DictReader(lines), PEEKED_ROWS))
+    if not rows:
+        raise DataError(f"{path}: holds no rows")
+    return Table(rows, [*range(1, len(rows) + 1)])
 
 
 def count_rows(entry: DataConfig) -> int | None:
@@ -138,9 +134,9 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
-def _batch_lines(recipe: Recipe, needs: Needs) -> Iterator[str]:
+def _batch_lines(recipe: Recipe, method: type[Algorithm[Any]]) -> Iterator[str]:
     """The arithmetic from groups to updates, spelled out."""
-    train, ranks, rows = recipe.train, int(os.environ.get("WORLD_SIZE", "1")), needs.completions
+    train, ranks, rows = recipe.train, int(os.environ.get("WORLD_SIZE", "1")), method.rows_per_unit(recipe.algorithm)
     unit = "unit" if rows == 1 else f"unit of {rows} rows"
     share, rest = divmod(train.batch_size, ranks)
     spread = f"{share}" if not rest else f"{share} or {share + 1}"
@@ -157,17 +153,33 @@ def _batch_lines(recipe: Recipe, needs: Needs) -> Iterator[str]:
     )
     if train.max_length * rows > train.micro_batch_tokens:
         yield f"            a {unit} is never cut: one at max_length takes up to {train.max_length * rows} tokens"
-    yield f"length      {_length(recipe)}"
+    yield f"length      {_length(recipe, method)}"
 
 
-def _length(recipe: Recipe) -> str:
+def _count_groups(entry: DataConfig, method: type[Algorithm[Any]]) -> int | None:
+    """Groups that the rows become: a pair is two to a method that learns from labels.
+
+    None where what the rows hold decides: an operation may make several of one, and a ranked row may be several units.
+    """
+    rows, columns = count_rows(entry), _columns(entry)
+    if entry.operations:
+        return None
+    if rows is None or columns is None:
+        return rows
+    shape = choose_format(entry.format, columns, entry.path)
+    if shape == "ranked" and method.count_units is not Algorithm.count_units:
+        return None
+    return rows * 2 if shape == "preference" and "label" in method.needs.fields else rows
+
+
+def _length(recipe: Recipe, method: type[Algorithm[Any]]) -> str:
     train = recipe.train
-    counts = [count_rows(entry) for entry in recipe.data]
+    counts = [_count_groups(entry, method) for entry in recipe.data]
     known = [count for count in counts if count is not None]
     if train.max_steps is not None:
         return f"{train.max_steps} steps (max_steps)"
     if len(known) < len(counts):
-        return f"{train.num_epochs:g} epochs; the number of rows is known once the data is read"
+        return f"{train.num_epochs:g} epochs; the number of steps is known once the data is read"
     groups = sum(max(1, round(count * entry.weight)) for count, entry in zip(known, recipe.data, strict=True))
     per_epoch = ceil(groups / train.batch_size)
     steps = max(1, round(train.num_epochs * per_epoch)) * train.epochs_per_round
@@ -178,3 +190,37 @@ def _length(recipe: Recipe) -> str:
         f"{groups} groups an epoch → {per_epoch} steps{short}; × {train.num_epochs:g} epochs{repeated} = "
         f"{steps} steps, if no row is dropped"
     )
+
+
+def _eval_lines(recipe: Recipe) -> Iterator[str]:
+    """When the run measures, what decides which weights are the best, and what ends it early."""
+    config, folder = recipe.eval, Path(recipe.output_dir)
+    if not config.data:
+        yield "eval        no held-out data: nothing is evaluated"
+        return
+    often = f", after every {_count(config.every_steps, 'step')}" if config.every_steps else ""
+    yield f"eval        before the first step{often} and after the last"
+    if config.num_samples:
+        yield f"samples     {_count(config.num_samples, 'held-out prompt')} an evaluation{_scored(recipe)}"
+    if config.best_metric is not None:
+        end = "lowest" if config.smaller_is_better else "highest"
+        newest = "newest" if recipe.train.save_total_limit == 1 else f"{recipe.train.save_total_limit} newest"
+        yield (
+            f"best        {end} {config.best_metric}: its checkpoint is kept beside the {newest}, its weights go to "
+            f"{folder / 'best'}; those of the last step to {folder}"
+        )
+    if config.patience is not None:
+        gain = f"a gain of more than {config.min_delta:g}" if config.min_delta else "a gain"
+        yield f"stop        early after {_count(config.patience, 'evaluation')} in a row without {gain}"
+
+
+def _scored(recipe: Recipe) -> str:
+    if not recipe.eval.rewards:
+        return ""
+    names = " + ".join(reward.name for reward in recipe.eval.rewards)
+    whom = "the start model's samples" if recipe.eval.opponent == "start" else "the data's chosen answers"
+    return f", scored by {names}; eval_win_rate is against {whom}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + "s" * (number != 1)

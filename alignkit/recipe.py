@@ -6,7 +6,7 @@ A recipe is YAML plus what it `extends` plus overrides. Reading one reports all 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,12 @@ from alignkit.core.reading import ConfigReader, did_you_mean, type_scalar
 from alignkit.core.registry import Entry as Registered
 from alignkit.core.registry import load_module, load_object, register
 from alignkit.data.config import DataConfig
+from alignkit.data.operations import OperationConfig, find_operation
 from alignkit.files import note_missing_files
 from alignkit.loop.config import EvalConfig, TrainConfig
 from alignkit.models.config import ModelConfig, RosterModelConfig
 from alignkit.rewards.config import RewardConfig
+from alignkit.rollout.guides import GuideConfig, find_guide
 from alignkit.track.config import TrackConfig
 
 
@@ -103,9 +105,9 @@ def find_algorithm(name: str) -> Registered:
     return entry
 
 
-def config_type(entry: Registered) -> type[AlgorithmConfig]:
-    """The config class of a registered algorithm."""
-    found: type[AlgorithmConfig] = entry.target.config_type
+def config_type(entry: Registered) -> type[AlgorithmConfig | OperationConfig | GuideConfig]:
+    """The config class of a registered algorithm, operation or guide."""
+    found: type[AlgorithmConfig | OperationConfig | GuideConfig] = entry.target.config_type
     return found
 
 
@@ -233,6 +235,8 @@ class _Reading:
             return None
 
     def _choose(self, declared: type[Config], block: Block, path: str) -> tuple[type[Config], Mapping[str, Any]] | None:
+        if declared in NAMED_ENTRIES:
+            return self._named(declared, block, path)
         if declared is RewardConfig:
             self._check_named(block, "name", path, register.reward.get)
         if declared is not AlgorithmConfig:
@@ -250,6 +254,17 @@ class _Reading:
         elif not any(mistake.path == join(path, "name") for mistake in self.mistakes.found):
             self.mistakes.add(block.entries["name"].node.place, join(path, "name"), "expected the name of an algorithm")
         return None
+
+    def _named(self, declared: type[Config], block: Block, path: str) -> tuple[type[Config], Mapping[str, Any]] | None:
+        named = block.entries.get("name")
+        if named is None or not isinstance(named.node, Scalar) or is_null(named.node):
+            return declared, {}
+        try:
+            entry = NAMED_ENTRIES[declared](str(named.node.value))
+        except RecipeError as error:
+            self.mistakes.add(named.node.place, join(path, "name"), str(error))
+            return None
+        return config_type(entry), entry.preset
 
     def _check_named(self, block: Block, key: str, path: str, find: Any) -> None:
         """Notes that what `key` names does not exist."""
@@ -273,6 +288,11 @@ class _Reading:
         return advice
 
 
+NAMED_ENTRIES: Mapping[type[Config], Callable[[str], Registered]] = {
+    OperationConfig: find_operation,
+    GuideConfig: find_guide,
+}
+"""Entries of lists whose further keys belong to what their `name` names."""
 _PAIRS = ("text", "messages", "prompt", "prompt_completion")
 
 
@@ -290,6 +310,11 @@ def _check_needs(root: Block, algorithm: Registered, mistakes: Mistakes) -> None
     if rewards is not None and not needs.rewards and isinstance(rewards.node, Items) and rewards.node.nodes:
         text = f"{algorithm.name} learns from given completions, which nothing scores; to score samples: eval.rewards"
         mistakes.add(rewards.place, "rewards", text)
+    train = root.entries.get("train")
+    size = train.node.entries.get("batch_size") if train is not None and isinstance(train.node, Block) else None
+    if needs.partners and size is not None and isinstance(size.node, Scalar) and size.node.value in (1, "1"):
+        text = f"{algorithm.name} also scores answers behind another row's prompt, so a step needs 2 rows or more"
+        mistakes.add(size.place, "train.batch_size", text)
     data = root.entries.get("data")
     for number, node in enumerate(data.node.nodes if data is not None and isinstance(data.node, Items) else ()):
         given = node.entries.get("format") if isinstance(node, Block) else None
@@ -379,28 +404,37 @@ def _compact(value: Any) -> Any:
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The JSON schema of a recipe file, for editors; `algorithm` is one of the registered ones."""
+    """The JSON schema of a recipe file, for editors; `algorithm`, operations and guides are registered ones."""
     schema = Recipe.model_json_schema()
     definitions: dict[str, Any] = schema["$defs"]
     definitions.pop("AlgorithmConfig")
-    choices: list[dict[str, Any]] = []
-    for name in register.algorithm.names():
-        entry = find_algorithm(name)
-        choice = config_type(entry).model_json_schema()
-        definitions.update(choice.pop("$defs", {}))
-        for key, value in entry.preset.items():
-            choice["properties"][key]["default"] = value
-        choice["properties"]["name"] = {"const": name}
-        choices.append({**choice, "title": name, "required": ["name"]})
-    own = {"type": "string", "pattern": ":", "description": "your own, as 'module:attribute'"}
-    choices.append({"title": "your own", "type": "object", "properties": {"name": own}, "required": ["name"]})
+    algorithms = [find_algorithm(name) for name in register.algorithm.names()]
+    schema["properties"]["algorithm"] = _named_choice(algorithms, definitions)
+    operations = [find_operation(name) for name in register.operation.names()]
+    definitions["OperationConfig"] = _named_choice(operations, definitions)
+    guides = [find_guide(name) for name in register.guide.names()]
+    definitions["GuideConfig"] = _named_choice(guides, definitions)
     texts = {"type": "string"}
-    schema["properties"]["algorithm"] = {"oneOf": choices}
     schema["properties"]["extends"] = {
         "anyOf": [texts, {"type": "array", "items": texts}],
         "description": "recipes to start from: paths relative to this file, or shipped ones by name",
     }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _named_choice(entries: Sequence[Registered], definitions: dict[str, Any]) -> dict[str, Any]:
+    """One of these components with its own keys, or one of the reader's own; puts what they share in `definitions`."""
+    choices: list[dict[str, Any]] = []
+    for entry in entries:
+        choice = config_type(entry).model_json_schema()
+        definitions.update(choice.pop("$defs", {}))
+        for key, value in entry.preset.items():
+            choice["properties"][key]["default"] = value
+        choice["properties"]["name"] = {"const": entry.name}
+        choices.append({**choice, "title": entry.name, "required": ["name"]})
+    own = {"type": "string", "pattern": ":", "description": "your own, as 'module:attribute'"}
+    choices.append({"title": "your own", "type": "object", "properties": {"name": own}, "required": ["name"]})
+    return {"oneOf": choices}
 
 
 def check_paths(recipe: Recipe) -> None:

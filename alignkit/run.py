@@ -19,25 +19,29 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 import alignkit
-from alignkit.assemble import Assembled, assemble, build_sampler, write_model
+from alignkit.assemble import Assembled, assemble, build_algorithm, build_sampler, write_model
 from alignkit.core.contracts import Algorithm
-from alignkit.core.errors import AlignkitError, DataError, EnvironmentProblem, RecipeError
+from alignkit.core.errors import AlignkitError, DataError, EnvironmentProblem, RecipeError, RunFailed
 from alignkit.core.types import Group, Message
 from alignkit.data.groups import load_groups
 from alignkit.data.shapes import BadRow, Example
 from alignkit.dist.engine import DistEngine, launched_rank
-from alignkit.loop.checkpoint import disk_problem, is_disk_problem
-from alignkit.models.load import DTYPES, load_policy, load_renderer
+from alignkit.loop.checkpoint import disk_problem, find_fault, is_disk_problem
+from alignkit.models.heads import detached, head_names, mixed
+from alignkit.models.load import DTYPES, load_renderer, load_writer
 from alignkit.models.policy import CausalPolicy
 from alignkit.recipe import Recipe, departures, dump_recipe, load_recipe
+from alignkit.rollout.guides import GuideConfig
+from alignkit.rollout.guides.head_weighted import HeadWeightedConfig, Weights, in_order, weights_mistake
 from alignkit.track.card import CardFacts, write_card
 from alignkit.track.report import write_report
+from alignkit.track.text import number
 
 RECIPE_FILE = "recipe.resolved.yaml"
 RUN_FILES = (
     *("recipe.resolved.yaml", "departures.yaml", "run.lock", "data_report.json", "metrics.jsonl", "samples.jsonl"),
-    *("checkpoint-*", ".writing-*", "debug", "runs", "wandb", "report.html", "README.md"),
-    *("*.safetensors", "*.safetensors.index.json", "*config.json", "chat_template.jinja"),
+    *("checkpoint-*", ".writing-*", "debug", "runs", "wandb", "report.html", "README.md", "best", "best.json"),
+    *("*.safetensors", "member-*", "*.safetensors.index.json", "*config.json", "chat_template.jinja"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
 )
 """What a run writes into its folder; whatever else lies there is not ours to remove."""
@@ -47,12 +51,16 @@ LOCKED_PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "n
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run left behind. `metrics` are the last values of everything it logged."""
+    """What a finished run left behind. `metrics` are the last values of everything it logged.
+
+    `best` is the folder with the weights that did best by `eval.best_metric`; None where the recipe names none.
+    """
 
     folder: Path
     steps: int
     metrics: dict[str, float]
     report: Path | None
+    best: Path | None = None
 
 
 def train(
@@ -86,9 +94,7 @@ def train(
 def resume(run_dir: str | Path, *, quiet: bool = False, report: bool = True) -> RunResult:
     """Continue a run from its newest valid checkpoint, or from the start if it has none yet."""
     folder = Path(run_dir)
-    if not (folder / RECIPE_FILE).is_file():
-        raise RecipeError(f"{folder} is not a run folder: it has no {RECIPE_FILE}. Give the output_dir of a run.")
-    recipe = load_recipe(folder / RECIPE_FILE).model_copy(update={"output_dir": str(folder)})
+    recipe = _recipe_of(folder).model_copy(update={"output_dir": str(folder)})
     return train(recipe, resume=True, quiet=quiet, report=report)
 
 
@@ -121,7 +127,7 @@ def _train(recipe: Recipe, folder: Path, dist: DistEngine, console: Console, res
         raise
     finally:
         run.close()
-    return _finish(recipe, folder, run, report)
+    return _finish(recipe, folder, run, console, report)
 
 
 def sample(
@@ -130,19 +136,22 @@ def sample(
     num: int = 1,
     temperature: float | None = None,
     max_tokens: int | None = None,
+    head_weights: Weights | None = None,
 ) -> list[dict[str, Any]]:
     """Draw `num` completions for each prompt from a run's model: the finished one, else its newest checkpoint.
 
-    Without prompts, those of the held-out data are used. Returns one mapping `{prompt, completion, tokens}` a sample.
+    Without prompts, those of the held-out data are used; `head_weights` mix the heads of a model that has several.
+    Returns one mapping `{prompt, completion, tokens}` a sample.
     """
     folder = Path(run_dir)
-    if not (folder / RECIPE_FILE).is_file():
-        raise RecipeError(f"{folder} is not a run folder: it has no {RECIPE_FILE}. Give the output_dir of a run.")
-    recipe = load_recipe(folder / RECIPE_FILE)
+    recipe = _recipe_of(folder)
     update = {"temperature": temperature, "max_completion_length": max_tokens}
     sampling = recipe.eval.sampling.model_copy(update={k: v for k, v in update.items() if v is not None})
+    if head_weights is not None:
+        sampling = sampling.model_copy(update={"guides": _weighted(sampling.guides, head_weights)})
+    weights = _weights_of(folder)
     model = recipe.model.model_copy(
-        update={"name_or_path": str(_weights_of(folder)), "chat_template": None, "gradient_checkpointing": False}
+        update={"name_or_path": str(weights), "chat_template": None, "gradient_checkpointing": False}
     )
     renderer = load_renderer(model)
     if prompts:
@@ -159,7 +168,7 @@ def sample(
         found = [g for e in entries for g in load_groups(e, renderer, max_length=recipe.train.max_length)[0]]
         groups = [replace(group, completions=[]) for group in found[: max(1, recipe.eval.num_samples or 8)]]
     dist = DistEngine(DTYPES[model.dtype])
-    policy = CausalPolicy(load_policy(model).to(dist.device), dist)
+    policy = CausalPolicy(load_writer(model, weights).to(dist.device), dist)
     with torch.no_grad(), dist.autocast():
         filled = build_sampler(policy, renderer, sampling, recipe.seed).fill(groups, num)
     return [
@@ -167,6 +176,68 @@ def sample(
         for group in filled
         for c in group.completions
     ]
+
+
+def export(
+    run_dir: str | Path, destination: str | Path, *, head_weights: Weights | None = None, dtype: str | None = None
+) -> Path:
+    """Write a run's model as one that plain transformers loads: adapters merged, several heads mixed into one.
+
+    Args:
+        run_dir: a run folder; its finished model is taken, else its newest checkpoint.
+        destination: a folder that does not exist yet, or is empty.
+        head_weights: what each head counts; None = all the same.
+        dtype: float32 or bfloat16; None = the recipe's.
+
+    Raises:
+        RecipeError: there is nothing to export, or `destination` holds something.
+    """
+    folder, target = Path(run_dir), Path(destination)
+    recipe = _recipe_of(folder)
+    if dtype is not None and dtype not in DTYPES:
+        raise RecipeError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if not build_algorithm(recipe).heads().is_language:
+        raise RecipeError(f"{folder} holds a model that scores; plain transformers loads the run folder as it is")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RecipeError(f"{target} exists already; name a new folder")
+    weights = _weights_of(folder)
+    names = head_names(weights)
+    if head_weights is not None and not names:
+        raise RecipeError(f"{folder} holds a model with one output layer, so there are no heads to weigh")
+    config = recipe.model.model_copy(
+        update={"name_or_path": str(weights), "chat_template": None, "gradient_checkpointing": False, "lora": None}
+    )
+    model, renderer = load_writer(config, weights), load_renderer(config)
+    temporary = target.with_name(f".writing-{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with mixed(model, in_order(head_weights, names) if names else None), detached(model):
+            model.to(DTYPES[dtype or recipe.model.dtype]).save_pretrained(temporary)
+        renderer.tokenizer.save_pretrained(temporary)
+        temporary.replace(target)
+    except (OSError, SafetensorError) as error:
+        if not is_disk_problem(error):
+            raise
+        raise disk_problem(target, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _recipe_of(folder: Path) -> Recipe:
+    if not (folder / RECIPE_FILE).is_file():
+        raise RecipeError(f"{folder} is not a run folder: it has no {RECIPE_FILE}. Give the output_dir of a run.")
+    return load_recipe(folder / RECIPE_FILE)
+
+
+def _weighted(guides: Sequence[GuideConfig], weights: Weights) -> list[GuideConfig]:
+    """These guides with other head weights."""
+    if mistake := weights_mistake(weights):
+        raise RecipeError(f"head weights {mistake}")
+    given = dict(weights) if isinstance(weights, Mapping) else list(weights)
+    others = [guide for guide in guides if not isinstance(guide, HeadWeightedConfig)]
+    return [*others, HeadWeightedConfig(name="head_weighted", head_weights=given)]
 
 
 def _claim_folder(folder: Path, recipe: Recipe, resuming: bool, overwrite: bool) -> bool:
@@ -289,6 +360,67 @@ def _replace(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _export_best(recipe: Recipe, folder: Path, run: Assembled) -> dict[str, Any] | None:
+    """Write the best checkpoint's weights as `best/`, whole or not at all; returns what best.json says of them.
+
+    The policy holds them afterwards: the run is over. None where the recipe names no metric, or it never was a number.
+
+    Raises:
+        RunFailed: the checkpoint is damaged or was removed.
+    """
+    trainer, best, config = run.trainer, run.trainer.evaluator.best, recipe.eval
+    final, temporary = folder / "best", folder / ".writing-best"
+    shutil.rmtree(final, ignore_errors=True)
+    (folder / "best.json").unlink(missing_ok=True)
+    if best.step is None:
+        return None
+    path = trainer.checkpoints.path(best.step)
+    if fault := find_fault(path):
+        raise RunFailed(
+            f"{path} was the best by {config.best_metric}, but is not whole any more ({fault}), so there is no best/. "
+            f"The weights of the last step are in {folder}."
+        )
+    trainer.policy.load(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        write_model(trainer.policy, run.renderer, temporary, DTYPES[recipe.model.dtype])
+        temporary.rename(final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    facts = {
+        "metric": config.best_metric,
+        "mode": "min" if config.smaller_is_better else "max",
+        "value": best.value,
+        "step": best.step,
+        "last_step": trainer.progress.step,
+        "stopped_early": trainer.progress.stopped,
+    }
+    _replace(folder / "best.json", json.dumps(facts, indent=1) + "\n")
+    return facts
+
+
+def _ending(recipe: Recipe, folder: Path, run: Assembled, best: dict[str, Any] | None) -> list[str]:
+    """What the run says of its end, where the recipe asks for the best weights."""
+    config, step = recipe.eval, run.trainer.progress.step
+    lines = []
+    if run.trainer.progress.stopped:
+        gain = f"a gain of more than {config.min_delta:g}" if config.min_delta else "a gain"
+        many = "1 evaluation" if config.patience == 1 else f"{config.patience} evaluations"
+        lines.append(f"stopped early after step {step}: {many} without {gain} in {config.best_metric}")
+    if best is not None:
+        found = f"best {best['metric']} {number(best['value'])} at step {best['step']}"
+        if best["step"] == step:
+            lines.append(f"{found}, the last: {folder / 'best'} and {folder} hold the same weights")
+        else:
+            start = ", before training," if best["step"] == 0 else ""
+            lines.append(
+                f"{found}{start} is in {folder / 'best'}; the weights of the last step, {step}, are in {folder}"
+            )
+    elif config.best_metric is not None:
+        lines.append(f"{config.best_metric} never was a number, so there is no best; see what was said of evaluations")
+    return lines
+
+
 def _export(run: Assembled, folder: Path, dtype: torch.dtype) -> None:
     """The finished model beside the run's files, whole or not at all: whoever finds a config finds the weights."""
     temporary = folder / ".writing-model"
@@ -296,6 +428,8 @@ def _export(run: Assembled, folder: Path, dtype: torch.dtype) -> None:
     try:
         write_model(run.trainer.policy, run.renderer, temporary, dtype)
         for path in sorted(temporary.iterdir(), key=lambda path: path.name.endswith("config.json")):
+            if path.is_dir():
+                shutil.rmtree(folder / path.name, ignore_errors=True)
             path.replace(folder / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -322,13 +456,15 @@ def _headline(recipe: Recipe, run: Assembled) -> str:
     )
 
 
-def _finish(recipe: Recipe, folder: Path, run: Assembled, with_report: bool) -> RunResult:
+def _finish(recipe: Recipe, folder: Path, run: Assembled, console: Console, with_report: bool) -> RunResult:
     trainer = run.trainer
     metrics: dict[str, float] = {}
     report: Path | None = None
+    best: dict[str, Any] | None = None
     if trainer.dist.is_main:
         # In the dtype the recipe computes in; checkpoints keep the float32 that training goes on from.
         _export(run, folder, DTYPES[recipe.model.dtype])
+        best = _export_best(recipe, folder, run)
         for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             metrics |= json.loads(line)
         write_card(
@@ -342,11 +478,14 @@ def _finish(recipe: Recipe, folder: Path, run: Assembled, with_report: bool) -> 
                 conversational=bool(run.renderer.tokenizer.chat_template),
                 versions=_versions(),
                 metrics={k: v for k, v in metrics.items() if k not in BOOKKEEPING},
+                best=best,
             ),
         )
         report = write_report([folder]) if with_report else None
-    metrics, report = trainer.dist.world.gather((metrics, report))[0]
-    return RunResult(folder, trainer.progress.step, metrics, report)
+        for line in _ending(recipe, folder, run, best):
+            console.print(line, markup=False)
+    metrics, report, best = trainer.dist.world.gather((metrics, report, best))[0]
+    return RunResult(folder, trainer.progress.step, metrics, report, folder / "best" if best is not None else None)
 
 
 def _paper(algorithm: Algorithm[Any]) -> str | None:

@@ -24,19 +24,23 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from alignkit import assemble as assembling
 from alignkit import plan
 from alignkit.assemble import assemble
-from alignkit.core.contracts import Algorithm
+from alignkit.core.contracts import Algorithm, Heads
 from alignkit.core.registry import register
 from alignkit.dist.engine import DistEngine
 from alignkit.loop.trainer import Trainer
 from alignkit.models import attention
-from alignkit.models.load import DTYPES
+from alignkit.models.config import ModelConfig
+from alignkit.models.load import DTYPES, LANGUAGE
 from alignkit.ops import logps as head
 from alignkit.recipe import Recipe, dump_recipe, load_recipe
 from alignkit.run import resume, train
 
 SYMBOLS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+TOY_OBJECTIVES = ("loud", "late")
+"""What toy rows say of their `objective`, by turns."""
 NUM_ROWS = 7
 """Odd, so that no micro-batch or rank count divides it."""
 TOLERANCE = 1e-6
@@ -95,12 +99,18 @@ class Bench:
     ) -> None:
         self.name = algorithm if isinstance(algorithm, str) else f"{algorithm.__module__}:{algorithm.__qualname__}"
         self.algorithm: type[Algorithm[Any]] = register.algorithm.get(self.name).target
-        self.config = dict(config or {})
+        self.config = {**toy_config(self.algorithm), **(config or {})}
         self.folder = folder
         self.model = build_tiny_model(folder / "model")
         self.data = folder / "rows.jsonl"
-        self.rows = list(rows) if rows is not None else toy_rows(self.algorithm, NUM_ROWS)
+        self.rows = list(rows) if rows is not None else toy_rows(self._configured(), NUM_ROWS)
         self.data.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+
+    def _configured(self) -> Algorithm[Any]:
+        """The algorithm under this config, which may need more than the class does."""
+        preset = register.algorithm.get(self.name).preset
+        settings = {**preset, "name": self.name, **self.config}
+        return self.algorithm(self.algorithm.config_type.model_validate(settings))
 
     def recipe(self, run: str, *, seed: int = 0, model: Mapping[str, Any] | None = None, **settings: Any) -> Recipe:
         """A recipe of this algorithm on these rows; `model` goes into that block, `settings` into `train`."""
@@ -133,11 +143,11 @@ def check_config(bench: Bench) -> None:
     plan.check(recipe)
 
 
-def check_overfits(bench: Bench) -> None:
-    """Sixty steps on a handful of rows bring the loss down by a third at least."""
+def check_overfits(bench: Bench, floor: float = 0.0) -> None:
+    """Sixty steps on a handful of rows take off a third at least of what the loss lies above `floor`, its infimum."""
     result = train(bench.recipe("overfit", max_steps=60, num_epochs=60, learning_rate=3e-3), quiet=True, report=False)
     losses = [record["loss"] for record in read_metrics(result.folder)]
-    assert losses[-1] < losses[0] - abs(losses[0]) / 3, (
+    assert losses[-1] < losses[0] - abs(losses[0] - floor) / 3, (
         f"{bench.name}: does not overfit {len(bench.rows)} rows: loss {losses[0]:.4f} → {losses[-1]:.4f} in 60 steps"
     )
 
@@ -151,8 +161,9 @@ def check_micro_batches(bench: Bench) -> None:
 
 
 def check_order(bench: Bench) -> None:
-    """Another shuffle of the same optimizer batch has the same gradient and metrics."""
-    _assert_same_steps(bench, {f"seed {seed}": bench.recipe(f"order-{seed}", seed=seed) for seed in (0, 1)})
+    """Another shuffle of the same optimizer batch has the same gradient and metrics, from the same weights."""
+    with same_start():
+        _assert_same_steps(bench, {f"seed {seed}": bench.recipe(f"order-{seed}", seed=seed) for seed in (0, 1)})
 
 
 def check_layouts(bench: Bench) -> None:
@@ -289,11 +300,11 @@ def weight_difference(first: Path, second: Path) -> float:
     """Largest absolute difference between two exported models' weights."""
     from safetensors.torch import load_file
 
-    names = [p.name for p in first.glob("*.safetensors")]
-    assert names, f"{first} holds no weights"
+    paths = weight_files(first)
+    assert paths, f"{first} holds no weights"
     worst = 0.0
-    for name in names:
-        a, b = load_file(first / name), load_file(second / name)
+    for path in paths:
+        a, b = load_file(path), load_file(second / path.relative_to(first))
         worst = max(worst, *(float((a[key] - b[key]).abs().max()) for key in a))
     return worst
 
@@ -301,9 +312,14 @@ def weight_difference(first: Path, second: Path) -> float:
 def digest(folder: Path) -> str:
     """sha256 of a run's exported weights."""
     found = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         found.update(path.read_bytes())
     return found.hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Files of a run's exported weights: one model's, or those of several side by side."""
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("member-*/*.safetensors")])
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -367,7 +383,12 @@ def save_quietly(folder: Path, model: Any, tokenizer: Any) -> Path:
     return folder
 
 
-def toy_rows(algorithm: type[Algorithm[Any]], count: int) -> list[dict[str, Any]]:
+def toy_config(algorithm: type[Algorithm[Any]]) -> dict[str, Any]:
+    """The keys without which an algorithm could not read its toy rows: their objectives, where it lists them."""
+    return {"objectives": list(TOY_OBJECTIVES)} if "objectives" in algorithm.config_type.model_fields else {}
+
+
+def toy_rows(algorithm: type[Algorithm[Any]] | Algorithm[Any], count: int) -> list[dict[str, Any]]:
     """Rows that fit an algorithm's needs: answers in upper case are good, in lower case bad, of many lengths.
 
     Every third asks what the one before it asked: some layouts share prompts.
@@ -389,9 +410,11 @@ def toy_rows(algorithm: type[Algorithm[Any]], count: int) -> list[dict[str, Any]
         elif needs.completions > 2:
             row |= {"completions": answers, "scores": [float(-j) for j in range(len(answers))]}
         elif "label" in needs.fields:
-            row |= {"completion": answers[0] if i % 2 else answers[0].lower(), "label": bool(i % 2)}
+            row |= {"completion": answers[0].lower() if i % 2 else answers[0], "label": i % 2 == 0}
         else:
             row |= {"completion": answers[0]}
+        if "objective" in needs.fields:
+            row |= {"objective": TOY_OBJECTIVES[i % len(TOY_OBJECTIVES)]}
         rows.append(row)
     return rows
 
@@ -427,12 +450,15 @@ def _assert_close_metrics(
     tolerance: float,
 ) -> None:
     assert len(found) == len(expected), f"{bench.name}: {label} logged {len(found)} records, not {len(expected)}"
+    # implicit rewards are nats times β, and so is their rounding
+    beta = max(1.0, bench.recipe("beta").algorithm.model_dump().get("beta", 1.0))
     for got, want in zip(found, expected, strict=True):
         names = {name for name in {*got, *want} if not name.startswith(TIMINGS)}
         for name in sorted(names):
             assert name in got.keys() & want.keys(), f"{bench.name}: {name} is logged by only one of the runs ({label})"
             # before the first step margins are differences of equal numbers: rounding is all there is
-            close = abs(got[name] - want[name]) <= tolerance * max(1.0, abs(want[name]))
+            size = max(beta if "rewards/" in name else 1.0, abs(want[name]))
+            close = abs(got[name] - want[name]) <= tolerance * size
             assert close, f"{bench.name}: {name} is {got[name]!r} with {label}, {want[name]!r} without"
 
 
@@ -456,6 +482,23 @@ def engine_sizes(
     finally:
         for module, name, size in before:
             setattr(module, name, size)
+
+
+@contextmanager
+def same_start() -> Iterator[None]:
+    """Draw what a model lacks at the start, score layers and adapters, as seed 0 does, whatever the recipe's seed."""
+    names = vars(assembling)
+    original = names["load_policy"]
+
+    def load(config: ModelConfig, seed: int = 0, heads: Heads = LANGUAGE) -> Any:
+        del seed
+        return original(config, 0, heads)
+
+    names["load_policy"] = load
+    try:
+        yield
+    finally:
+        names["load_policy"] = original
 
 
 @contextmanager

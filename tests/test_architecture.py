@@ -30,7 +30,7 @@ NAMED_BY = {
     "wandb": ("track/",),
     "datasets": ("data/",),
     "peft": ("models/",),
-    "transformers": ("models/", "quickstart/", "testing.py"),  # the last two build tiny models
+    "transformers": ("models/", "rewards/scorers.py", "quickstart/", "testing.py"),  # the last two build tiny models
 }
 """Library → the files that may import it."""
 

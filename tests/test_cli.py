@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -77,6 +78,7 @@ class Result:
 
     folder = Path("run")
     report = Path("run/report.html")
+    best: Path | None = None
 
 
 @pytest.mark.parametrize(
@@ -89,6 +91,9 @@ class Result:
         (["train", "r.yaml", "data.0.path=pears.jsonl"], 2, 2.0),
         (["check", "r.yaml"], 0, 2.0),
         (["report", "nowhere"], 2, 2.0),
+        (["data", "lint", "pairs.jsonl"], 0, 2.0),
+        (["data", "convert", "pairs.jsonl", "out.jsonl", "--to", "unpaired"], 0, 2.0),
+        (["data", "convert", "pairs.jsonl", "pairs.jsonl"], 2, 2.0),
     ],
 )
 def test_light_commands_import_nothing_heavy_and_answer_at_once(arguments: list[str], code: int, limit: float) -> None:
@@ -175,6 +180,9 @@ def test_train_passes_recipe_and_flags_and_says_where_things_lie(
     assert run(monkeypatch, "-q", "train", "r.yaml", "--resume") == 0
     assert calls[1][1] == {"resume": True, "overwrite": False, "quiet": True}
     assert capsys.readouterr().out == ""
+    monkeypatch.setattr(Result, "best", Path("run/best"))
+    assert run(monkeypatch, "train", "r.yaml", "--resume") == 0
+    assert capsys.readouterr().out == "model   run\nbest    run/best\nreport  run/report.html\n"
     assert run(monkeypatch, "train", "r.yaml", "--resume", "--overwrite") == 2
 
 
@@ -194,7 +202,7 @@ def test_resume_and_sample(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         run(monkeypatch, "sample", "run", "--prompt", "Hi", "--num", "2", "--temperature", "0", "--max-tokens", "5")
         == 0
     )
-    assert calls == [(Path("run"), ["Hi"], 2, 0.0, 5)]
+    assert calls == [(Path("run"), ["Hi"], 2, 0.0, 5, None)]
     assert capsys.readouterr().out == "\n> Hi\n  there\n  you\n"
     assert run(monkeypatch, "sample", "run", "--json") == 0
     assert json.loads(capsys.readouterr().out) == drawn
@@ -204,7 +212,7 @@ def test_resume_and_sample(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 def test_algorithms(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "algorithms") == 0
-    assert "dpo  Preference pairs" in capsys.readouterr().out
+    assert re.search(r"^dpo +Preference pairs", capsys.readouterr().out, re.MULTILINE)
     assert run(monkeypatch, "algorithms", "--json") == 0
     assert {"dpo", "sft"} <= json.loads(capsys.readouterr().out).keys()
     assert run(monkeypatch, "algorithms", "show", "dpo") == 0
@@ -253,6 +261,46 @@ def test_check_spells_out_the_arithmetic(monkeypatch: pytest.MonkeyPatch, capsys
     assert capsys.readouterr().out == ""
 
 
+EVALUATED = [
+    *("eval.data.0.path=pairs.jsonl", "eval.every_steps=5", "eval.num_samples=8", "eval.rewards.0.name=length"),
+    *("eval.best_metric=eval_loss", "eval.patience=2", "eval.min_delta=0.01", "output_dir=out"),
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lines"),
+    [
+        ([], ["eval        no held-out data: nothing is evaluated"]),
+        (EVALUATED[:1], ["eval        before the first step and after the last"]),
+        (
+            EVALUATED,
+            [
+                "eval        before the first step, after every 5 steps and after the last",
+                "samples     8 held-out prompts an evaluation, scored by length; eval_win_rate is against the start "
+                "model's samples",
+                "best        lowest eval_loss: its checkpoint is kept beside the 2 newest, its weights go to out/best; "
+                "those of the last step to out",
+                "stop        early after 2 evaluations in a row without a gain of more than 0.01",
+            ],
+        ),
+        (
+            [*EVALUATED, "eval.opponent=chosen", "eval.best_mode=max", "eval.patience=1", "eval.min_delta=0"],
+            [
+                "eval        before the first step, after every 5 steps and after the last",
+                "samples     8 held-out prompts an evaluation, scored by length; eval_win_rate is against the data's "
+                "chosen answers",
+                "best        highest eval_loss: its checkpoint is kept beside the 2 newest, its weights go to out/best;"
+                " those of the last step to out",
+                "stop        early after 1 evaluation in a row without a gain",
+            ],
+        ),
+    ],
+)
+def test_check_says_what_is_evaluated(overrides: list[str], lines: list[str]) -> None:
+    said = check(load_recipe("r.yaml", overrides))
+    assert [line for line in said if line.startswith(("eval  ", "samples  ", "best  ", "stop  "))] == lines
+
+
 @pytest.mark.parametrize(
     ("layout", "said"),
     [
@@ -276,6 +324,11 @@ def test_every_layout_has_its_words() -> None:
     ("row", "overrides", "said"),
     [
         ({"prompt": "p", "choosen": "a", "rejected": "b"}, [], "chosen (did you mean 'choosen'?)"),
+        (
+            {"prompt": "p", "response": "a", "helpfulness": 3},
+            [],
+            "become pairs by `alignkit data convert IN OUT --to preference`",
+        ),
         ({"text": "t"}, [], "dpo learns from preference or ranked rows; these are 'text' rows"),
         (PAIR, ["data.0.format=ranked"], "`format: ranked` needs columns that are not there"),
         (PAIR, ["data.0.fields.prompt=question"], "names a column that is not there"),
@@ -305,7 +358,7 @@ def test_check_reads_csv_headers_and_says_what_it_does_not_read() -> None:
     lines = check(load_recipe("r.yaml", ["data.0.path=pairs.parquet", "data.1.path=owner/hub"]))
     assert "data.0      pairs.parquet: unchecked, is not looked into before the run" in lines
     assert "data.1      owner/hub: unchecked, is looked for on the hub" in lines
-    with pytest.raises(RecipeError, match="names the column 'qestion'"):
+    with pytest.raises(RecipeError, match=r"fields: \{prompt: qestion\}` names a column .* Did you mean 'question'"):
         check(load_recipe("r.yaml", ["data.0.path=pairs.csv.gz", "data.0.fields.prompt=qestion"]))
 
 
@@ -316,6 +369,110 @@ def test_check_finds_a_folder_without_a_model_and_a_broken_file() -> None:
     Path("broken.jsonl.gz").write_bytes(b"not gzip")
     with pytest.raises(RecipeError, match=r"broken\.jsonl\.gz"):
         check(load_recipe("r.yaml", ["data.0.path=broken.jsonl.gz"]))
+
+
+def test_check_reads_foreign_layouts() -> None:
+    turn = {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}}
+    row = turn | {"rejected": {"from": "gpt", "value": "b"}}
+    Path("pairs.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert "1 rows, preference (columns prompt, chosen, rejected)" in "\n".join(check(load_recipe("r.yaml")))
+    Path("alpaca.csv").write_text("instruction,chosen,rejected\nq,a,b\n", encoding="utf-8")
+    lines = check(load_recipe("r.yaml", ["data.0.path=alpaca.csv"]))
+    assert "data.0      alpaca.csv: preference (columns prompt, chosen, rejected)" in lines
+    Path("alpaca.csv").write_text("instruction,chosen,rejected\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match="holds no rows"):
+        check(load_recipe("r.yaml", ["data.0.path=alpaca.csv"]))
+
+
+def test_data_lint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "data", "lint", "pairs.jsonl") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("pairs.jsonl: 70 rows as preference, 2 warnings\n")
+    assert "warning  duplicate rows           69 of 70 (98.6 %)" in said
+    assert run(monkeypatch, "data", "lint", "pairs.jsonl", "--eval", "pairs.jsonl", "--strict", "--json") == 1
+    (report,) = json.loads(capsys.readouterr().out)
+    assert report["findings"][-1]["check"] == "overlap with evaluation"
+    Path("one.jsonl").write_text('{"question": "p", "chosen": "a", "rejected": "b"}\n', encoding="utf-8")
+    assert run(monkeypatch, "data", "lint", "one.jsonl", "--fields", "prompt=question", "--strict") == 0
+
+
+def test_data_lint_of_a_recipe_counts_tokens(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from alignkit.testing import build_tiny_model
+
+    model = str(build_tiny_model(Path("model")))
+    overrides = [f"model.name_or_path={model}", "train.max_length=64", "eval.data=[{path: pairs.jsonl}]"]
+    assert run(monkeypatch, "data", "lint", "r.yaml", *overrides, "--json") == 0
+    (report,) = json.loads(capsys.readouterr().out)
+    assert report["unit"] == "tokens"
+    found = {finding["check"]: finding["count"] for finding in report["findings"]}
+    assert (found["truncated prompts"], found["overlap with evaluation"]) == (0, 70)
+    assert run(monkeypatch, "data", "lint", "pairs.jsonl", "--tokenizer", model, "--max-length", "2") == 0
+    assert "warning  overlong answers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["lint", "r.yaml", "--eval", "pairs.jsonl"], "a recipe says by itself"),
+        (["lint", "pairs.jsonl", "train.max_length=3"], "pairs.jsonl is not a recipe"),
+        (["lint", "pairs.jsonl", "--max-length", "9"], "say whose with --tokenizer MODEL"),
+        (["lint", "pairs.jsonl", "--format", "sharegtp"], "did you mean 'sharegpt'?"),
+        (["lint", "pairs.jsonl", "--fields", "prompt"], "--fields prompt: expected OURS=THEIRS"),
+        (["lint", "pears.jsonl"], "Did you mean pairs.jsonl?"),
+        (["convert", "pairs.jsonl", "out.jsonl", "--to", "rankd"], "did you mean 'ranked'?"),
+        (["convert", "pairs.jsonl", "out.txt"], "unknown file type to write"),
+        (["convert", "pairs.jsonl", "out.jsonl", "--operation", "reward_augmnt"], "did you mean 'reward_augment'?"),
+        (["convert", "pairs.jsonl", "out.jsonl", "--operation", "{name: reward_augment, gap: 1}"], "gap"),
+        (["convert", "pairs.jsonl", "out.jsonl", "--operation", "{"], "--operation is not YAML"),
+    ],
+)
+def test_data_commands_say_what_is_wrong(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "data", *arguments) == 2
+    assert said in capsys.readouterr().err
+    assert not Path("out.jsonl").exists()
+
+
+def test_data_show_shows_rows_that_a_run_would_stop_at(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from alignkit.testing import build_tiny_model
+
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, [PAIR, PAIR | {"chosen": ""}])), encoding="utf-8")
+    overrides = [f"model.name_or_path={build_tiny_model(Path('model'))}", "data.0.max_bad_fraction=0"]
+    assert run(monkeypatch, "data", "show", "r.yaml", *overrides) == 0
+    said = capsys.readouterr().out
+    assert "dropped      1 (50.0 %)  empty completion" in said
+    assert "chosen · " in said
+
+
+def test_data_convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "data", "convert", "pairs.jsonl", "out.jsonl", "--to", "unpaired") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("pairs.jsonl: 70 rows as preference → 140 rows as unpaired\n  nothing is lost\n")
+    assert run(monkeypatch, "data", "convert", "out.jsonl", "back.jsonl", "--to", "preference", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["written"] == 70
+    assert Path("back.jsonl").read_bytes() == Path("pairs.jsonl").read_bytes()
+    assert run(monkeypatch, "data", "convert", "pairs.jsonl", "out.jsonl") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert run(monkeypatch, "-q", "data", "convert", "pairs.jsonl", "out.jsonl", "--overwrite") == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_data_convert_writes_what_an_operation_yields(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = PAIR | {"score_chosen": 8.0, "score_rejected": 3.0}
+    Path("scored.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    operation = "{name: reward_augment, placement: user_prefix, text: 'goal {goal}', separator: ' '}"
+    assert run(monkeypatch, "data", "convert", "scored.jsonl", "out.jsonl", "--operation", operation) == 0
+    assert "1 rows as preference → 2 rows as preference" in capsys.readouterr().out
+    high, low = map(json.loads, Path("out.jsonl").read_text(encoding="utf-8").splitlines())
+    assert (high["prompt"], high["chosen"], high["rejected"], high["score_chosen"]) == ("goal 8 p", "a", "b", 8.0)
+    assert (low["prompt"], low["chosen"], low["rejected"], low["score_chosen"]) == ("goal 3 p", "b", "a", 3.0)
 
 
 def test_rows_are_counted_up_to_the_limit() -> None:

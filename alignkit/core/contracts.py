@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, get_args, runtime_checkable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 from alignkit.core.config import AlgorithmConfig
 from alignkit.core.types import Batch, Forward, Group, Metric, RewardBatch, RewardOutput, Term, Unit
@@ -54,17 +54,50 @@ class Needs:
     """What an algorithm asks of the run; the recipe is checked against it before anything starts.
 
     `completions`: at least so many per group. `columns`: no-grad columns `<model>.<output>` to fill before `annotate`
-    (`reference.logps`). `outputs`: fields of `Forward` the loss reads. `fields`: dataset columns `build` reads.
-    `preferences`: completions must be ordered by their reward, as chosen and rejected are. `rewards`: the recipe's
-    `rewards` score the completions of every round; without it a recipe that has some is refused.
+    (`reference.logps`). `slots`: rows of a unit that a column of tokens is filled for, 0 elsewhere; a column it leaves
+    out is filled for all. `outputs`: fields of `Forward` the loss reads. `fields`: dataset columns `build` reads; a
+    method that reads `label` takes preference rows too, as one desirable and one undesirable answer. `preferences`:
+    completions must be ordered by their reward, as chosen and rejected are. `rewards`: the recipe's `rewards` score the
+    completions of every round; without it a recipe that has some is refused. `partners`: every group comes with the
+    completion that stands before it in its round (`Group.partner`), the first with the last one's, whatever the ranks;
+    without one where that is an answer to its own prompt. `strata`: a column whose values each round holds in the
+    proportion in which all the data does, so that equally frequent values come equally often.
     """
 
     completions: int = 1
     columns: frozenset[str] = frozenset()
+    slots: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
     outputs: frozenset[str] = frozenset({"logps"})
     fields: frozenset[str] = frozenset()
     preferences: bool = False
     rewards: bool = False
+    partners: bool = False
+    strata: str | None = None
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What stands on the policy's backbone.
+
+    `kind`: language = the model's own output layer, or one copy of it for each of `names`, of which a row uses the one
+    that its input `head` numbers; sequence and token = a layer that gives one number for each of `names`, read at the
+    last token or at marked ones, saved as transformers' sequence or token classifier.
+    `noise`: standard deviation of what is added to copies of the output layer. `hidden`: a score layer with a ReLU
+    layer before it, which transformers' classifiers do not have. `frozen`: the backbone does not train.
+    `members`: whole models side by side, of different heads at the start; their scores stand behind each other.
+    """
+
+    kind: Literal["language", "sequence", "token"] = "language"
+    names: tuple[str, ...] = ()
+    noise: float = 0.0
+    hidden: bool = False
+    frozen: bool = False
+    members: int = 1
+
+    @property
+    def is_language(self) -> bool:
+        """Whether the policy writes text; the others only score it."""
+        return self.kind == "language"
 
 
 class Algorithm(ABC, Generic[ConfigT]):
@@ -73,7 +106,8 @@ class Algorithm(ABC, Generic[ConfigT]):
     `build` and `loss` are pure. `annotate` and `observe` may keep state, which `state_dict` must then return.
     """
 
-    needs: ClassVar[Needs] = Needs()
+    needs: Needs = Needs()
+    """What every config of the method needs; `__init__` may ask for more on an instance, once it knows its config."""
     config_type: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
 
     def __init__(self, config: ConfigT) -> None:
@@ -86,6 +120,25 @@ class Algorithm(ABC, Generic[ConfigT]):
                 if isinstance(argument, type) and issubclass(argument, AlgorithmConfig):
                     cls.config_type = argument
 
+    def heads(self) -> Heads:
+        """What the policy needs on its backbone."""
+        return Heads()
+
+    @classmethod
+    def rows_per_unit(cls, config: ConfigT) -> int:
+        """Rows of every unit under this config, for the plan of a run."""
+        del config
+        return cls.needs.completions
+
+    def count_units(self, group: Group) -> int:
+        """How many units `build` makes of a group: steps are planned before anything is built."""
+        del group
+        return 1
+
+    def prepare(self, groups: Sequence[Group]) -> None:
+        """Called once before anything is built, with all rows to train on, the same on every rank."""
+        del groups
+
     @abstractmethod
     def build(self, groups: list[Group]) -> list[Unit]:
         """Choose, pair or rank: plain Python, no tensors. Every unit has the same number of rows."""
@@ -95,9 +148,17 @@ class Algorithm(ABC, Generic[ConfigT]):
         del world
         return batch
 
+    def annotate_held_out(self, batch: Batch, world: World) -> Batch:
+        """`annotate` of an evaluation. To be overridden where `annotate` moves state, which measuring must not."""
+        return self.annotate(batch, world)
+
     @abstractmethod
     def loss(self, out: Forward, batch: Batch) -> tuple[Terms, Metrics]:
         """Unreduced terms and metrics of a micro-batch. Pure; never averages."""
+
+    def derive(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Globally reduced metrics → what is logged of them, for numbers that are no mean over rows."""
+        return metrics
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Called after each step with the globally reduced metrics; for adaptive coefficients."""

@@ -18,25 +18,41 @@ def best_worst(group: Group) -> Unit:
     return (group.row(best), group.row(worst))
 
 
+def chosen_tokens(batch: Batch) -> Tensor:
+    """[N, L] bool: the trained tokens of chosen answers, which come first in every pair."""
+    is_chosen = batch["row"].new_zeros(batch.num_units, batch.k)
+    is_chosen[:, 0] = True
+    return batch["mask"] & is_chosen.reshape(-1, 1)
+
+
+def in_order(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float | Tensor
+) -> Tensor:
+    """[U] bool: whether the implicit reward β·(policy − reference) of the chosen answer is the larger one.
+
+    A tie is a miss, and so is a difference that is only rounding of the sums: before the first step all pairs are tied,
+    however the reference's forward was batched. Args: as `pair_metrics`.
+    """
+    rounding = 4 * _EPSILON[chosen.element_size()] * beta * (ref_chosen.abs() + ref_rejected.abs())
+    return beta * (chosen - ref_chosen) - beta * (rejected - ref_rejected) > rounding
+
+
 def pair_metrics(
     batch: Batch, chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float | Tensor
 ) -> Metrics:
     """The metrics every paired method logs; the implicit reward of a completion is β·(policy − reference).
 
     Args: [U] summed log-probabilities in nats each, zeros for the reference where there is none.
-
-    A tie counts as a miss in `rewards/accuracies`, and so does a margin that is only rounding of the sums: before the
-    first step all pairs are tied, however the reference's forward was batched.
     """
     unit = batch["unit"]
     lengths = batch["mask"].sum(-1)
     reward_w, reward_l = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
-    rounding = 4 * _EPSILON[chosen.element_size()] * beta * (ref_chosen.abs() + ref_rejected.abs())
+    right = in_order(chosen, rejected, ref_chosen, ref_rejected, beta)
     return {
         "rewards/chosen": Metric.mean(reward_w, unit),
         "rewards/rejected": Metric.mean(reward_l, unit),
         "rewards/margins": Metric.mean(reward_w - reward_l, unit),
-        "rewards/accuracies": Metric.mean((reward_w - reward_l > rounding).to(reward_w.dtype), unit),
+        "rewards/accuracies": Metric.mean(right.to(reward_w.dtype), unit),
         "logps/chosen": Metric.mean(chosen, unit),
         "logps/rejected": Metric.mean(rejected, unit),
         "completions/mean_length": Metric.mean(lengths.to(chosen.dtype), batch["row"]),

@@ -38,7 +38,8 @@ class Completion:
 
     `tokens` [T] are ids after the prompt; `trained` [T] is None when all of them are, False on tool or environment
     tokens; `logps` [T] in nats, of the policy that wrote it. `reward` is the combined score, nan while unscored: a
-    preference pair arrives with 1 for chosen and 0 for rejected. `version` -1 = not written by this run.
+    preference pair arrives with 1 for chosen and 0 for rejected. `version` -1 = not written by this run. `step_ends`:
+    how many tokens it has up to the end of each of its steps, ascending; None where it has none.
     """
 
     text: str
@@ -48,17 +49,22 @@ class Completion:
     scores: dict[str, Score] = field(default_factory=dict)
     reward: float = NAN
     version: int = -1
+    step_ends: list[int] | None = None
 
 
 @dataclass(slots=True)
 class Group:
-    """A prompt, its completions, and what the data set knows about it (`fields`)."""
+    """A prompt, its completions, and what the data set knows about it (`fields`).
+
+    `partner` is an answer to another prompt of the same round, for methods whose needs ask for one; None without one.
+    """
 
     id: str
     messages: list[Message]
     prompt: list[int]
     completions: list[Completion] = field(default_factory=list)
     fields: dict[str, Any] = field(default_factory=dict)
+    partner: Completion | None = None
 
     def row(self, completion: Completion, **scalar: float) -> Row:
         """The prompt followed by one of its completions, for the model; `scalar` are facts for the loss."""
@@ -75,8 +81,9 @@ class Group:
 class Row:
     """One sequence through the model. `tokens`, `trained` and every list in `token` are [T] long.
 
-    `inputs` are extra facts for the model (head = 2); `token` and `scalar` are facts for the loss; `group` is the id
-    of the group it came from, for messages.
+    `inputs` are extra facts for the model: `head` = number of the output layer; `prompt` = how many tokens it shares
+    with other rows, where training begins later than that. `token` and `scalar` are facts for the loss; `group` is the
+    id of the group it came from, for messages.
     """
 
     tokens: list[int]
@@ -148,7 +155,8 @@ class Forward:
 
     `logps[n, t]` = log p(tokens[t] | tokens[<t]) in nats, 0 where `mask` is False: no off-by-one anywhere. `entropy`
     [N, L] in nats and `correct` [N, L] (1.0 where the most likely token was the right one) stand at the same place.
-    `values` [N, L], `scores` [N], `logits` [N, L, V] (logits[n, t] predicts tokens[t]).
+    `scores[n, t]` [N, L, H] is what the score layer says of tokens[<t], in float32, and `logits[n, t]` [N, L, V]
+    predicts tokens[t]; `values` [N, L]. A model that scores has no `logps`: they are 0.
     """
 
     logps: Tensor

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from alignkit.core.types import Completion, Group, Message, Score
 from alignkit.data.config import DataConfig
+from alignkit.data.operations import Item, Operation, build_operation
 from alignkit.data.render import Rendered, Renderer
 from alignkit.data.report import DataReport
-from alignkit.data.shapes import CONSUMED, BadRow, Example, Text, check_columns, detect_format, to_example
-from alignkit.data.sources import Table, read_rows
+from alignkit.data.shapes import CONSUMED, BadRow, Example, Text, choose_format, to_example
+from alignkit.data.sources import Table, id_column, read_rows
 
-ID_COLUMNS = ("id", "_id", "index")
 CHUNK = 512
 """Rows rendered at once: enough for the tokenizer to work in parallel, little enough to stay small in memory."""
 
@@ -24,10 +25,8 @@ def load_groups(config: DataConfig, renderer: Renderer, *, max_length: int) -> t
     Raises: DataError when the source or a column is missing, no row is usable, or `max_bad_fraction` is exceeded.
     """
     table = read_rows(config)
-    columns = table.columns
-    name = detect_format(columns, config.path) if config.format == "auto" else config.format
-    check_columns(name, columns, config.path)
-    report = DataReport(config.path, name, len(table.rows))
+    name = choose_format(config.format, table.columns, config.path)
+    report = DataReport(config.path, name, len(table.rows), layout=table.layout)
     groups: list[Group] = []
     for start in range(0, len(table.rows), CHUNK):
         span = range(start, min(start + CHUNK, len(table.rows)))
@@ -37,18 +36,38 @@ def load_groups(config: DataConfig, renderer: Renderer, *, max_length: int) -> t
     return groups, report
 
 
+def label_pairs(groups: Sequence[Group]) -> list[Group]:
+    """Every preference pair as two groups, its chosen answer labelled true and its rejected one false."""
+    return [
+        replace(
+            group,
+            id=f"{group.id}/{'chosen' if desirable else 'rejected'}",
+            completions=[completion],
+            fields={**group.fields, "label": desirable},
+        )
+        for group in groups
+        for completion, desirable in zip(group.completions, (True, False), strict=True)
+    ]
+
+
 def _chunk_groups(
     table: Table, span: range, config: DataConfig, renderer: Renderer, report: DataReport, max_length: int
 ) -> list[Group]:
     """The groups of some rows; every other row is counted in `report`."""
-    examples: list[tuple[int, Example]] = []
+    items: list[tuple[int, Item]] = []
+    operations = [build_operation(operation) for operation in config.operations]
     for i in span:
         try:
-            examples.append((i, to_example(table.rows[i], report.format)))
+            if i in table.faults:
+                raise table.faults[i]
+            made = operate(_item(table, i, config.path, to_example(table.rows[i], report.format)), operations)
         except BadRow as bad:
             report.drop(bad.reason, _where(table, i, bad.note))
+            continue
+        report.added += len(made) - 1
+        items += [(i, item) for item in made]
     groups = []
-    for (i, example), rendered in zip(examples, renderer.render([example for _, example in examples]), strict=True):
+    for (i, item), rendered in zip(items, renderer.render([item.example for _, item in items]), strict=True):
         if isinstance(rendered, BadRow):
             report.drop(rendered.reason, _where(table, i, rendered.note))
             continue
@@ -64,8 +83,23 @@ def _chunk_groups(
             continue
         for change in changes:
             report.change(change, _where(table, i))
-        groups.append(_group(table, i, config.path, example, rendered))
+        groups.append(_group(item, rendered))
     return groups
+
+
+def _item(table: Table, i: int, path: str, example: Example) -> Item:
+    row = table.rows[i]
+    column = id_column(row)
+    name = str(row[column]) if column else f"{Path(path).name}:{table.numbers[i]}"
+    return Item(name, example, {key: value for key, value in row.items() if key not in CONSUMED and key != column})
+
+
+def operate(item: Item, operations: Sequence[Operation[Any]]) -> list[Item]:
+    """What the operations, one after the other, make of a row. Raises BadRow where one of them has no use for it."""
+    items = [item]
+    for operation in operations:
+        items = [made for one in items for made in operation.apply(one)]
+    return items
 
 
 def fit(rendered: Rendered, bos_id: int | None, max_length: int, overlong: Literal["drop", "cut"]) -> list[str]:
@@ -95,12 +129,10 @@ def fit(rendered: Rendered, bos_id: int | None, max_length: int, overlong: Liter
     return changes
 
 
-def _group(table: Table, i: int, path: str, example: Example, rendered: Rendered) -> Group:
-    row = table.rows[i]
-    column = _id_column(row)
-    prompt = example.prompt
+def _group(item: Item, rendered: Rendered) -> Group:
+    example, prompt = item.example, item.example.prompt
     return Group(
-        id=str(row[column]) if column else f"{Path(path).name}:{table.numbers[i]}",
+        id=item.id,
         messages=[Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt,
         prompt=rendered.prompt,
         completions=[
@@ -108,10 +140,11 @@ def _group(table: Table, i: int, path: str, example: Example, rendered: Rendered
                 text=_answer(text),
                 tokens=tokens,
                 trained=trained,
-                scores={} if score is None else {"score": Score(score)},
+                scores={name: Score(value) for name, value in scores.items()},
                 reward=reward,
+                step_ends=rendered.step_ends,
             )
-            for text, tokens, trained, score, reward in zip(
+            for text, tokens, trained, scores, reward in zip(
                 example.completions,
                 rendered.completions,
                 rendered.trained,
@@ -120,12 +153,8 @@ def _group(table: Table, i: int, path: str, example: Example, rendered: Rendered
                 strict=True,
             )
         ],
-        fields={name: value for name, value in row.items() if name not in CONSUMED and name != column},
+        fields=item.fields,
     )
-
-
-def _id_column(row: Mapping[str, Any]) -> str | None:
-    return next((name for name in ID_COLUMNS if row.get(name) is not None), None)
 
 
 def _answer(completion: Text) -> str:
@@ -134,7 +163,4 @@ def _answer(completion: Text) -> str:
 
 
 def _where(table: Table, i: int, note: str = "") -> str:
-    row = table.rows[i]
-    column = _id_column(row)
-    place = f"{table.word} {table.numbers[i]}" + (f" ({column} {row[column]})" if column else "")
-    return f"{place}: {note}" if note else place
+    return f"{table.where(i)}: {note}" if note else table.where(i)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 from jinja2 import TemplateError
 
 from alignkit.core.errors import DataError
 from alignkit.core.types import Message
-from alignkit.data.shapes import BadRow, Example
+from alignkit.data.shapes import STEP_SEPARATOR, BadRow, Example
 
 
 class Tokenizer(Protocol):
@@ -41,7 +42,8 @@ class Rendered:
 
     `trained[i]` is None when the whole completion is, else a flag a token. `boundary_merged`: the last prompt tokens
     differ once a completion follows, so they count as completion. `turns_rewritten`: earlier assistant turns that the
-    template shows otherwise once the conversation goes on; they are context only.
+    template shows otherwise once the conversation goes on; they are context only. `step_ends`: tokens of the only
+    completion up to the end of each step, its separator included; None where the example has no steps.
     """
 
     prompt: list[int]
@@ -49,6 +51,7 @@ class Rendered:
     trained: list[list[bool] | None] = field(default_factory=list)
     boundary_merged: bool = False
     turns_rewritten: int = 0
+    step_ends: list[int] | None = None
 
 
 @dataclass(slots=True)
@@ -61,7 +64,8 @@ class _Turn:
 
 @dataclass(slots=True)
 class _Texts:
-    """What must be encoded for one example. `turns[i]` is None when all of completion i is trained."""
+    """What must be encoded for one example. `turns[i]` is None when all of completion i is trained; `steps` are the
+    texts up to the end of each step but the last."""
 
     prompt: str
     full: list[str] = field(default_factory=list)
@@ -69,10 +73,12 @@ class _Texts:
     front: list[int] = field(default_factory=list)
     chat: bool = False
     rewritten: int = 0
+    steps: list[str] | None = None
 
     def all(self) -> Iterable[str]:
         yield self.prompt
         yield from self.full
+        yield from self.steps or []
         for turns in self.turns:
             for turn in turns or []:
                 yield from (turn.before, turn.after)
@@ -133,7 +139,8 @@ class Renderer:
     def _texts(self, example: Example) -> _Texts | BadRow:
         if isinstance(example.prompt, str):
             full = [example.prompt + completion for completion in example.completions if isinstance(completion, str)]
-            return _Texts(example.prompt, full, [None] * len(full), self._front)
+            begun = [example.prompt + text for text in _begun(example.steps)] if example.steps else None
+            return _Texts(example.prompt, full, [None] * len(full), self._front, steps=begun)
         if not (self.chat_template or self.tokenizer.chat_template):
             raise DataError(
                 "the rows are conversations, and the tokenizer has no chat template to write them with. "
@@ -146,6 +153,9 @@ class Renderer:
 
     def _chat_texts(self, example: Example, prompt: list[Message]) -> _Texts:
         texts = _Texts(self._apply(example, prompt, speak=True), chat=True)
+        if example.steps:
+            turns_so_far = [Message(role="assistant", content=text) for text in _begun(example.steps)]
+            texts.steps = [self._apply(example, [*prompt, turn]) for turn in turns_so_far]
         for completion in example.completions:
             assert not isinstance(completion, str)
             full = self._apply(example, [*prompt, *completion])
@@ -193,7 +203,7 @@ class Renderer:
             if not full or any(ids[:1] != full[0][:1] for ids in full):
                 return BadRow("malformed", "the prompt has no tokens, and the completions do not begin alike")
             shared = 1  # the first token has nothing before it that could predict it
-        if any(len(ids) == shared for ids in full):
+        if any(len(ids) <= shared for ids in full):
             return BadRow("empty completion", "nothing is left of it after rendering")
         rendered = Rendered(prompt[:shared] or full[0][:1], boundary_merged=shared < len(prompt))
         rendered.turns_rewritten = texts.rewritten
@@ -201,6 +211,12 @@ class Renderer:
             completion = self._cut_behind_stop(ids[shared:])
             rendered.trained.append(self._flags(ids, shared, turns, encoded, completion))
             rendered.completions.append(completion if completion[-1] in self.stop_ids else [*completion, self.eos_id])
+        if texts.steps is not None:
+            begun = [self._with_front(encoded[text], texts.front) for text in texts.steps]
+            ends = [common_length(ids, full[0]) - shared for ids in begun] + [len(rendered.completions[0])]
+            if any(end <= before for before, end in pairwise([0, *ends])):
+                return BadRow("malformed", f"two of its {len(ends)} steps end in the same token")
+            rendered.step_ends = ends
         return rendered
 
     def _with_front(self, tokens: list[int], front: list[int]) -> list[int]:
@@ -260,6 +276,11 @@ class Renderer:
         if token not in self._blank:
             self._blank[token] = not self.decode([token]).strip()
         return self._blank[token]
+
+
+def _begun(steps: Sequence[str]) -> list[str]:
+    """The answer up to the end of each step but the last, the separator behind it included."""
+    return [STEP_SEPARATOR.join(steps[:count]) + STEP_SEPARATOR for count in range(1, len(steps))]
 
 
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:

@@ -16,6 +16,7 @@ DROPPED = {
     "malformed": "bring the value into the expected shape",
     "empty completion": "an empty answer teaches nothing; remove the row",
     "equal completions": "equal answers hold no preference; remove the row",
+    "no score gap": "an operation needs scores that tell answers apart, the chosen one's the higher; see its `min_gap`",
     "overlong": "raise train.max_length, or `overlong: cut` to keep the beginning of the answer",
     "refused by template": "the chat template does not write such conversations; choose another model.chat_template",
 }
@@ -49,11 +50,14 @@ class Tally:
 @dataclass(slots=True)
 class DataReport:
     """The account of one data entry. `lengths` are tokens as rendered, before anything was cut; of several completions
-    the longest one counts."""
+    the longest one counts. `layout` is the foreign layout that the rows of this format were read from, `added` how many
+    rows more operations made of them."""
 
     path: str
     format: str
     rows: int
+    layout: str | None = None
+    added: int = 0
     kept: int = 0
     dropped: dict[str, Tally] = field(default_factory=dict)
     changed: dict[str, Tally] = field(default_factory=dict)
@@ -73,17 +77,24 @@ class DataReport:
             self.lengths.setdefault(name, []).append(count)
 
     @property
+    def total(self) -> int:
+        """Rows as they were to be rendered."""
+        return self.rows + self.added
+
+    @property
     def bad_fraction(self) -> float:
         """Share of rows that are unusable or lost a stop token."""
         lost = self.changed.get(STOP_LOST, Tally()).count
-        return (sum(tally.count for tally in self.dropped.values()) + lost) / self.rows
+        return (sum(tally.count for tally in self.dropped.values()) + lost) / self.total
 
     def lines(self) -> list[str]:
         """The report for a console."""
-        lines = [f"{self.path}: {self.rows} rows as {self.format}, {self.kept} kept"]
+        source = f" from {self.layout}" if self.layout else ""
+        made = f", {self.total} after operations" if self.added else ""
+        lines = [f"{self.path}: {self.rows} rows as {self.format}{source}{made}, {self.kept} kept"]
         for title, tallies, notes in (("dropped", self.dropped, DROPPED), ("changed", self.changed, CHANGED)):
             for name, tally in tallies.items():
-                share = 100 * tally.count / self.rows
+                share = 100 * tally.count / self.total
                 lines.append(f"  {title} {tally.count:>6} ({share:.1f} %)  {name}: {notes[name]}")
                 lines.append(f"      {'; '.join(tally.examples)}{'; …' if tally.count > len(tally.examples) else ''}")
         for name, quantiles in self.quantiles().items():
@@ -100,7 +111,9 @@ class DataReport:
         return {
             "path": self.path,
             "format": self.format,
+            "layout": self.layout,
             "rows": self.rows,
+            "added": self.added,
             "kept": self.kept,
             "dropped": _plain(self.dropped),
             "changed": _plain(self.changed),

@@ -18,8 +18,12 @@ Text = str | list[Message]
 
 HUMAN_MARK, ASSISTANT_MARK = "\n\nHuman:", "\n\nAssistant:"
 
+STEP_SEPARATOR = "\n\n"
+"""What stands between the steps of a stepwise answer."""
+
 SHAPES: dict[str, tuple[str, ...]] = {
     "preference": ("chosen", "rejected"),
+    "stepwise": ("prompt", "completions", "labels"),
     "ranked": ("prompt", "completions"),
     "unpaired": ("prompt", "completion", "label"),
     "prompt_completion": ("prompt", "completion"),
@@ -27,7 +31,10 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "prompt": ("prompt",),
 }
-"""Format → columns it cannot do without; `detect_format` takes the first that a data set has."""
+"""Format → columns it cannot do without; `detect_format` takes the first that a data set has.
+
+Rows of other projects' layouts have been turned into one of these before (`foreign.LAYOUTS`).
+"""
 
 CONSUMED = frozenset({"prompt", "chosen", "rejected", "completion", "completions", "messages", "text"})
 """Columns that become tokens; every other one reaches `Group.fields`."""
@@ -45,24 +52,31 @@ class BadRow(Exception):
 class Example:
     """A row before rendering. Prompt and completions are all strings or all message lists.
 
-    `rewards` and `scores` are as long as `completions`; `scores` holds a judge's number where the row has one.
+    `rewards` and `scores` are as long as `completions`; `scores` holds what judges said of each, by name: `score`, or
+    the objectives of the row. `steps` are the parts of the only completion of a stepwise row.
     """
 
     prompt: Text
     completions: list[Text] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
-    scores: list[float | None] = field(default_factory=list)
+    scores: list[dict[str, float]] = field(default_factory=list)
+    steps: list[str] = field(default_factory=list)
     tools: list[Any] | None = None
     template_options: dict[str, Any] = field(default_factory=dict)
 
 
+def choose_format(asked: str, columns: Collection[str], path: str) -> str:
+    """The format of rows with `columns`: the one asked for when it is one of ours, else the one detected.
+
+    Raises: DataError when the columns do not fit.
+    """
+    name = asked if asked in SHAPES else detect_format(columns, path)
+    check_columns(name, columns, path)
+    return name
+
+
 def detect_format(columns: Collection[str], path: str) -> str:
     """The format whose columns are all there. Raises DataError that names the nearest one and what it lacks."""
-    if {"prompt", "completions", "labels"} <= set(columns):
-        raise DataError(
-            f"{path}: columns prompt, completions, labels are stepwise supervision, which is not read. "
-            "If `completions` are whole answers, best first, say so with `format: ranked`."
-        )
     for name, needed in SHAPES.items():
         if set(needed) <= set(columns):
             if name == "prompt":
@@ -85,6 +99,12 @@ def _check_no_broken_answers(columns: Collection[str], path: str) -> None:
         if any(difflib.get_close_matches(column, columns, 1, 0.85) for column in answers):
             problem = "rows look like half a format; if they are bare prompts, say so with `format: prompt`"
             raise _column_error(name, columns, path, problem)
+    for answer in ("response", "output"):
+        if answer in columns:
+            raise DataError(
+                f"{path}: rows look like prompts with an answer in {answer!r}. If it is one, say so in this data "
+                f"entry: `fields: {{completion: {answer}}}`; if they are bare prompts, `format: prompt`."
+            )
 
 
 def check_columns(name: str, columns: Collection[str], path: str) -> None:
@@ -129,16 +149,14 @@ def to_example(row: Mapping[str, Any], name: str) -> Example:
             example = _preference(row)
         case "ranked":
             example = _ranked(row)
-        case "unpaired":
-            prompt, completions = _align(_text(row, "prompt"), [_text(row, "completion")])
-            example = Example(prompt, completions, [1.0 if _label(row) else 0.0], [None])
-        case "prompt_completion":
-            prompt, completions = _align(_text(row, "prompt"), [_text(row, "completion")])
-            example = Example(prompt, completions, [math.nan], [None])
+        case "stepwise":
+            example = _stepwise(row)
+        case "unpaired" | "prompt_completion":
+            example = _single(row, name)
         case "messages":
             example = _conversation(row)
         case "text":
-            example = Example("", [_string(row, "text")], [math.nan], [None])
+            example = Example("", [_string(row, "text")], [math.nan], [{}])
         case _:
             example = Example(_text(row, "prompt"))
     if isinstance(example.prompt, list) and not example.prompt:
@@ -157,22 +175,85 @@ def _preference(row: Mapping[str, Any]) -> Example:
         prompt, completions = _implicit_prompt(chosen, rejected)
     else:
         prompt, completions = _align(prompt, [chosen, rejected])
-    scores = [_number(row, "score_chosen"), _number(row, "score_rejected")]
+    scores = _objectives(row, 2)
+    for column, found in zip(("score_chosen", "score_rejected"), scores, strict=True):
+        if (score := _number(row, column)) is not None:
+            found["score"] = score
     return Example(prompt, completions, [1.0, 0.0], scores)
 
 
 def _ranked(row: Mapping[str, Any]) -> Example:
-    answers = _value(row, "completions")
-    if not isinstance(answers, list) or not answers:
-        raise BadRow("malformed", "`completions` is not a list of answers")
-    prompt, completions = _align(_text(row, "prompt"), [_as_text(answer, "completions") for answer in answers])
+    answers = _answers(row)
+    prompt, completions = _align(_text(row, "prompt"), [as_text(answer, "completions") for answer in answers])
     scores = row.get("scores")
     if scores is None:
-        return Example(prompt, completions, [-float(rank) for rank in range(len(answers))], [None] * len(answers))
-    if not isinstance(scores, list) or len(scores) != len(answers) or not all(_is_number(x) for x in scores):
+        return Example(prompt, completions, [-float(rank) for rank in range(len(answers))], [{} for _ in answers])
+    if isinstance(scores, dict):
+        judged = _objectives(row, len(answers))
+        if not all(judged):
+            raise BadRow(
+                "malformed", f"`scores` says nothing of completion {[bool(x) for x in judged].index(False) + 1}"
+            )
+        return Example(prompt, completions, [sum(found.values()) / len(found) for found in judged], judged)
+    if not isinstance(scores, list) or len(scores) != len(answers) or not all(is_number(x) for x in scores):
         raise BadRow("malformed", f"`scores` is not a list of {len(answers)} numbers, one for each completion")
     values = [float(score) for score in scores]
-    return Example(prompt, completions, values, list(values))
+    return Example(prompt, completions, values, [{"score": value} for value in values])
+
+
+def _single(row: Mapping[str, Any], name: str) -> Example:
+    """One answer: its reward is its label, else its `score`, else unknown."""
+    prompt, completions = _align(_text(row, "prompt"), [_text(row, "completion")])
+    [scores], score = _objectives(row, 1), _number(row, "score")
+    if score is not None:
+        scores["score"] = score
+    reward = float(_label(row)) if name == "unpaired" else scores.get("score", math.nan)
+    return Example(prompt, completions, [reward], [scores])
+
+
+def _stepwise(row: Mapping[str, Any]) -> Example:
+    """The steps as one answer. Its reward is unknown: labels are about steps."""
+    steps = [step.strip() if isinstance(step, str) else "" for step in _answers(row)]
+    if not all(steps):
+        raise BadRow("malformed", f"step {steps.index('') + 1} of `completions` is not text, or empty")
+    _check_labels(row)
+    prompt, completions = _align(_text(row, "prompt"), [STEP_SEPARATOR.join(steps)])
+    return Example(prompt, completions, [math.nan], [{}], steps=steps)
+
+
+def _check_labels(row: Mapping[str, Any]) -> None:
+    """Raises BadRow unless every step has a label that is true, false or a number."""
+    steps, labels = _answers(row), require(row, "labels")
+    if not isinstance(labels, list) or len(labels) != len(steps):
+        raise BadRow("malformed", f"`labels` is not a list of {len(steps)}, one for each step of `completions`")
+    if not all(isinstance(label, bool) or is_number(label) for label in labels):
+        raise BadRow("malformed", "`labels` holds something else than true, false and numbers")
+
+
+def _answers(row: Mapping[str, Any]) -> list[Any]:
+    answers = require(row, "completions")
+    if not isinstance(answers, list) or not answers:
+        raise BadRow("malformed", f"`completions` is {type(answers).__name__}, expected a list of answers")
+    return answers
+
+
+def _objectives(row: Mapping[str, Any], count: int) -> list[dict[str, float]]:
+    """`scores: {objective: [one number, or null, for each of `count` completions]}`, completion by completion."""
+    found: list[dict[str, float]] = [{} for _ in range(count)]
+    scores = row.get("scores")
+    if not isinstance(scores, dict):
+        return found
+    for objective, values in scores.items():
+        if values is None:
+            continue  # columnar files give every row the keys of all rows
+        if not isinstance(values, list) or len(values) != count:
+            raise BadRow("malformed", f"`scores.{objective}` is not a list of {count}, one for each completion")
+        for judged, value in zip(found, values, strict=True):
+            if value is not None and not is_number(value):
+                raise BadRow("malformed", f"`scores.{objective}` holds {value!r}, expected numbers or null")
+            if value is not None:
+                judged[objective] = float(value)
+    return found
 
 
 def _conversation(row: Mapping[str, Any]) -> Example:
@@ -183,7 +264,7 @@ def _conversation(row: Mapping[str, Any]) -> Example:
     first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
     if first is None:
         raise BadRow("empty completion", "no assistant turn")
-    return Example(messages[:first], [messages[first:]], [math.nan], [None])
+    return Example(messages[:first], [messages[first:]], [math.nan], [{}])
 
 
 def _implicit_prompt(chosen: Text, rejected: Text) -> tuple[Text, list[Text]]:
@@ -244,14 +325,15 @@ def _says_something(message: Message) -> bool:
     return message["role"] == "assistant" and bool((content and content.strip()) or message.get("tool_calls"))
 
 
-def _value(row: Mapping[str, Any], column: str) -> Any:
+def require(row: Mapping[str, Any], column: str) -> Any:
+    """The value of a column. Raises BadRow when there is none."""
     if row.get(column) is None:
         raise BadRow("missing value", f"no `{column}`")
     return row[column]
 
 
 def _string(row: Mapping[str, Any], column: str) -> str:
-    value = _value(row, column)
+    value = require(row, column)
     if not isinstance(value, str):
         raise BadRow("malformed", f"`{column}` is {type(value).__name__}, expected text")
     if not value.strip():
@@ -260,10 +342,11 @@ def _string(row: Mapping[str, Any], column: str) -> str:
 
 
 def _text(row: Mapping[str, Any], column: str) -> Text:
-    return _as_text(_value(row, column), column)
+    return as_text(require(row, column), column)
 
 
-def _as_text(value: Any, column: str) -> Text:
+def as_text(value: Any, column: str) -> Text:
+    """A plain string or chat messages, null entries left out. Raises BadRow that names `column`."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
@@ -282,13 +365,14 @@ def _message(value: dict[str, Any], column: str) -> Message:
 
 
 def _label(row: Mapping[str, Any]) -> bool:
-    label = _value(row, "label")
+    label = require(row, "label")
     if label not in (True, False):
         raise BadRow("malformed", f"`label` is {label!r}, expected true or false")
     return bool(label)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -296,7 +380,7 @@ def _number(row: Mapping[str, Any], column: str) -> float | None:
     value = row.get(column)
     if value is None:
         return None
-    if not _is_number(value):
+    if not is_number(value):
         raise BadRow("malformed", f"`{column}` is {value!r}, expected a number")
     return float(value)
 

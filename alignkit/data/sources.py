@@ -9,39 +9,73 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
 from alignkit.core.errors import DataError
 from alignkit.data.config import DataConfig
+from alignkit.data.foreign import LAYOUTS, ROLES, detect_layout
+from alignkit.data.shapes import BadRow
 
+ID_COLUMNS = ("id", "_id", "index")
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 PACKED = (".gz", ".zst")
+
+CATALOGUE = "dataset_info.json"
+"""LLaMA-Factory's list of data sets; `datasets` writes a file of this name too, into folders it saves."""
+CATALOGUE_COLUMNS = {
+    "prompt": "instruction",
+    "query": "input",
+    "response": "output",
+    "messages": "conversations",
+    **{column: column for column in ("history", "system", "tools", "chosen", "rejected", "kto_tag")},
+}
+"""Name of a column in the catalogue → the column of our layouts alpaca and sharegpt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows as read: `numbers[i]` is where row i stands (1-based), in `word`s of the file."""
+    """Rows as read: `numbers[i]` is where row i stands (1-based), in `word`s of the file.
+
+    `layout`: the foreign layout they had, None when they came in a shape of ours. `faults`: why a row, by its place in
+    `rows`, could not be brought into our shape; of such a row only its id is left.
+    """
 
     rows: list[dict[str, Any]]
     numbers: list[int]
     word: str = "row"
+    layout: str | None = None
+    faults: Mapping[int, BadRow] = field(default_factory=dict)
 
     @property
     def columns(self) -> list[str]:
         """Every column that any row has, in order of appearance."""
         return list(dict.fromkeys(column for row in self.rows for column in row))
 
+    def where(self, i: int) -> str:
+        """Row i for a message: its line, and its id if it has one."""
+        column = id_column(self.rows[i])
+        return f"{self.word} {self.numbers[i]}" + (f" ({column} {self.rows[i][column]})" if column else "")
+
+
+def id_column(row: Mapping[str, Any]) -> str | None:
+    """The column that names the row."""
+    return next((name for name in ID_COLUMNS if row.get(name) is not None), None)
+
 
 def read_rows(config: DataConfig) -> Table:
-    """The rows of one data entry with `split`, `limit` and `fields` applied.
+    """The rows of one data entry with `split`, `limit` and `fields` applied, foreign layouts brought into our shapes.
 
-    Raises: DataError when the source is missing, cannot be read, is empty, or lacks a column that `fields` names.
+    Raises: DataError when the source is missing, cannot be read, is empty, lacks a column that `fields` names, or when
+    no row has the layout that is asked for.
     """
     path = Path(config.path).expanduser()
+    if path.name == CATALOGUE and path.is_file():
+        config = _from_catalogue(path, config)
+        path = Path(config.path)
     if not path.exists():
         table = _from_hub(config)
     elif path.is_dir():
@@ -52,7 +86,72 @@ def read_rows(config: DataConfig) -> Table:
         table = Table(table.rows[: config.limit], table.numbers[: config.limit], table.word)
     if not table.rows:
         raise DataError(f"{config.path}: split {config.split!r} holds no rows")
-    return _map_fields(table, config)
+    return in_our_shape(table, config)
+
+
+def in_our_shape(table: Table, config: DataConfig) -> Table:
+    """The rows with `fields` applied, and brought into a shape of ours from the layout `format` names or detects.
+
+    Raises: DataError when a column that `fields` names is not there, or no row has that layout.
+    """
+    table = _map_fields(table, config)
+    name = detect_layout(table.rows) if config.format == "auto" else config.format
+    if name not in LAYOUTS:
+        return table
+    rows: list[dict[str, Any]] = []
+    faults: dict[int, BadRow] = {}
+    for i, row in enumerate(table.rows):
+        try:
+            rows.append(LAYOUTS[name].translate(row))
+        except BadRow as bad:
+            faults[i] = bad
+            rows.append({column: row[column] for column in ID_COLUMNS if column in row})
+    if len(faults) == len(rows):
+        raise DataError(
+            f"{config.path}: no row can be read as {name}. {table.where(0)}: {faults[0].note}. Columns there: "
+            f"{', '.join(table.columns)}. Expected {LAYOUTS[name].expected}. Columns of other names are mapped in this "
+            "data entry: `fields: {OURS: THEIRS}`."
+        )
+    return replace(table, rows=rows, layout=name, faults=faults)
+
+
+def _from_catalogue(path: Path, config: DataConfig) -> DataConfig:
+    """The data entry that a data set of LLaMA-Factory's catalogue stands for; `name` says which.
+
+    Raises: DataError for an unknown name, and for what has no counterpart here: scripts, images, other roles.
+    """
+    catalogue = _json_object(path, "file", _parse_json(path, "file", path.read_bytes()))
+    entry = catalogue.get(config.name or "")
+    if not isinstance(entry, dict):
+        near = difflib.get_close_matches(config.name or "", catalogue, 1, 0.5)
+        hint = f"Did you mean {near[0]!r}?" if near else f"It lists {', '.join(list(catalogue)[:12]) or 'none'}."
+        asked = "none is named" if config.name is None else f"there is no {config.name!r}"
+        raise DataError(f"{path}: a list of data sets; say which with `name: DATASET` ({asked}). {hint}")
+    columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
+    unknown = [column for column in columns if column not in CATALOGUE_COLUMNS]
+    odd = [f"{key}: {value}" for key, value in tags.items() if not _known_tag(key, value)]
+    source = entry.get("file_name") or entry.get("hf_hub_url")
+    if unknown or odd or not source or entry.get("script_url"):
+        problem = ", ".join([*unknown, *odd]) or "it names no `file_name` or `hf_hub_url`"
+        raise DataError(
+            f"{path}: the description of {config.name!r} asks for what is not read here ({problem}). Name its file as "
+            "`path` of this data entry, and map our columns to theirs: `fields: {prompt: THEIR_COLUMN}`."
+        )
+    fields = {CATALOGUE_COLUMNS[key]: theirs for key, theirs in columns.items() if theirs != CATALOGUE_COLUMNS[key]}
+    local = path.parent / str(entry.get("file_name"))
+    return config.model_copy(
+        update={
+            "path": str(local) if entry.get("file_name") else source,
+            "name": entry.get("subset"),
+            "format": entry.get("formatting", "alpaca") if config.format == "auto" else config.format,
+            "fields": {**fields, **config.fields},
+        }
+    )
+
+
+def _known_tag(key: str, value: str) -> bool:
+    """Whether the reader of ShareGPT turns understands a tag without being told."""
+    return value in (("from", "role") if key == "role_tag" else ("value", "content") if key == "content_tag" else ROLES)
 
 
 def _map_fields(table: Table, config: DataConfig) -> Table:
@@ -77,7 +176,7 @@ def _map_fields(table: Table, config: DataConfig) -> Table:
         | constants
         for row in table.rows
     ]
-    return Table(rows, table.numbers, table.word)
+    return replace(table, rows=rows)
 
 
 def _kind(path: Path) -> str | None:
@@ -170,8 +269,12 @@ def _json_object(path: Path, where: str, value: Any) -> dict[str, Any]:
 
 
 def _from_folder(path: Path, config: DataConfig) -> Table:
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return _saved_dataset(path, config)
+    if (path / CATALOGUE).exists():
+        raise DataError(
+            f"{path}: holds a list of data sets, {CATALOGUE}. Name it: `path: {path / CATALOGUE}`, `name: DATASET`."
+        )
     if not any(_kind(file) for file in path.rglob("*") if file.is_file()):
         inside = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
         raise DataError(f"{path}: no data files in this folder ({', '.join(BUILDERS)}); it holds {inside}")

@@ -40,15 +40,19 @@ class Checkpoints:
         shared: Mapping[str, Stateful],
         local: Mapping[str, Stateful],
         write_model: Callable[[Path], None],
+        best: int | None = None,
     ) -> Path:
-        """Write `checkpoint-<step>` whole or not at all, then drop the oldest ones.
+        """Write `checkpoint-<step>` whole or not at all, unless it is there; then drop the oldest ones but the `best`.
 
         `shared` parts are equal on all ranks and written once; `local` ones are written by every rank.
 
         Raises:
             EnvironmentProblem: the disk is full or not writable; the checkpoints before are untouched.
         """
-        final, temporary = self._folder / f"checkpoint-{step}", self._folder / f".writing-checkpoint-{step}"
+        final, temporary = self.path(step), self._folder / f".writing-checkpoint-{step}"
+        if step in self.steps():
+            self._rotate(best)
+            return final
         try:
             if self._world.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -65,10 +69,9 @@ class Checkpoints:
             self._world.barrier()
             if self._world.rank == 0:
                 _seal(temporary)
-                shutil.rmtree(final, ignore_errors=True)
                 temporary.rename(final)
                 _sync(self._folder)
-                self._rotate()
+            self._rotate(best)
             self._world.barrier()
         except Exception as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -76,6 +79,10 @@ class Checkpoints:
                 raise disk_problem(final, error) from error
             raise
         return final
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of this step is, or would be."""
+        return self._folder / f"checkpoint-{step}"
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, valid or not, newest first."""
@@ -93,7 +100,7 @@ class Checkpoints:
         found: Path | None = None
         if self._world.rank == 0:
             for step in self.steps():
-                path = self._folder / f"checkpoint-{step}"
+                path = self.path(step)
                 fault = find_fault(path)
                 if fault is None:
                     found = path
@@ -113,7 +120,7 @@ class Checkpoints:
         Left in place, a broken one would pass for saved when its step comes again, and push whole ones out.
         """
         if self._world.rank == 0:
-            newer = [self._folder / f"checkpoint-{later}" for later in self.steps() if later > step]
+            newer = [self.path(later) for later in self.steps() if later > step]
             for path in [*newer, *self._folder.glob(".writing-checkpoint-*")]:
                 shutil.rmtree(path)
         self._world.barrier()
@@ -143,9 +150,10 @@ class Checkpoints:
                     "wrote it. Resume with the version that run.lock names, or start anew in another output_dir."
                 ) from error
 
-    def _rotate(self) -> None:
-        for step in self.steps()[self._limit :]:
-            shutil.rmtree(self._folder / f"checkpoint-{step}")
+    def _rotate(self, best: int | None) -> None:
+        for step in self.steps()[self._limit :] if self._world.rank == 0 else ():
+            if step != best:
+                shutil.rmtree(self.path(step))
 
 
 def find_fault(path: Path) -> str | None:

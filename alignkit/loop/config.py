@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -10,6 +11,11 @@ from alignkit.core.config import Config
 from alignkit.data.config import DataConfig
 from alignkit.rewards.config import RewardConfig
 from alignkit.rollout.config import SamplingConfig
+
+LOSS_WORDS = frozenset({"loss", "nll", "kl", "perplexity", "error", "ece"})
+"""Words in the name of a metric that is better when it is smaller."""
+SCORED = frozenset({"reward", "win_rate", "win_rate/standard_error"})
+"""Metrics of an evaluation, without their prefix, that only `eval.rewards` gives."""
 
 
 class TrainConfig(Config):
@@ -48,9 +54,20 @@ class EvalConfig(Config):
     every_steps: int = Field(0, ge=0, description="0 = only before the first and after the last step")
     num_samples: int = Field(0, ge=0, description="held-out prompts to sample from, before and after; 0 = none")
     sampling: SamplingConfig = SamplingConfig()
-    rewards: list[RewardConfig] = Field(
-        [], description="score the samples; gives eval_win_rate against the start model"
+    rewards: list[RewardConfig] = Field([], description="score the samples; gives eval_win_rate against `opponent`")
+    opponent: Literal["start", "chosen"] = Field(
+        "start", description="whose answers eval_win_rate compares with: the start model's, or the data's chosen ones"
     )
+    best_metric: str | None = Field(
+        None, description="an `eval_` metric: its best checkpoint is kept, and exported as best/; null = none"
+    )
+    best_mode: Literal["max", "min"] | None = Field(
+        None, description="which end of best_metric is better; null = min if its name is of a loss, else max"
+    )
+    patience: int | None = Field(
+        None, ge=1, description="stop after so many evaluations without a gain in best_metric; null = never"
+    )
+    min_delta: float = Field(0.0, ge=0, description="a gain counts for patience once it is larger than this")
 
     @model_validator(mode="after")
     def _asks_for_what_it_can_do(self) -> EvalConfig:
@@ -58,4 +75,33 @@ class EvalConfig(Config):
             raise ValueError("num_samples draws from held-out prompts: give `data`, or leave it at 0")
         if self.rewards and not self.num_samples:
             raise ValueError("`rewards` score samples, and num_samples is 0: say how many prompts to sample from")
+        if self.opponent != "start" and not self.rewards:
+            raise ValueError("`opponent` is whom scored samples are compared with, and nothing scores them: `rewards`")
         return self
+
+    @model_validator(mode="after")
+    def _can_tell_the_best(self) -> EvalConfig:
+        metric = self.best_metric
+        if metric is None:
+            for key, asked in (("best_mode", self.best_mode is not None), ("patience", self.patience is not None)):
+                if asked:
+                    raise ValueError(f"{key} says how to use best_metric: name one too, such as eval_loss")
+        elif not self.data:
+            raise ValueError("best_metric is measured on held-out rows: give `data`")
+        elif not metric.startswith("eval_"):
+            raise ValueError(f"best_metric is the name of an evaluation metric: did you mean 'eval_{metric}'?")
+        elif metric.startswith("eval_samples/") and not self.num_samples:
+            raise ValueError(f"best_metric {metric} is about samples, and num_samples is 0")
+        elif metric.removeprefix("eval_") in SCORED and not self.rewards:
+            raise ValueError(f"best_metric {metric} is about scored samples, and nothing scores them: give `rewards`")
+        if self.patience is None and self.min_delta:
+            raise ValueError("min_delta is a gain that patience waits for: give `patience` too")
+        if self.patience is not None and self.every_steps == 0:
+            raise ValueError("patience counts evaluations during training, and every_steps is 0: say how often")
+        return self
+
+    @property
+    def smaller_is_better(self) -> bool:
+        """Whether the best value of `best_metric` is its smallest."""
+        by_name = "min" if LOSS_WORDS & set(re.split(r"[_/]", self.best_metric or "")) else "max"
+        return (self.best_mode or by_name) == "min"

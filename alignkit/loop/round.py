@@ -17,6 +17,7 @@ class Progress:
     def __init__(self, total_rounds: int, total_steps: int) -> None:
         self.total_rounds, self.total_steps = total_rounds, total_steps
         self.round, self.step, self.tokens = 0, 0, 0
+        self.stopped = False
 
     @property
     def version(self) -> int:
@@ -29,13 +30,20 @@ class Progress:
             yield self.round
             self.round += 1
 
+    def stop(self) -> None:
+        """Make the present step the last one."""
+        self.stopped = self.stopped or self.step < self.total_steps
+        self.total_steps = self.step
+
     def state_dict(self) -> dict[str, Any]:
-        """The counters."""
-        return {"round": self.round, "step": self.step, "tokens": self.tokens}
+        """The counters, and whether the run was stopped before its planned end."""
+        return {"round": self.round, "step": self.step, "tokens": self.tokens, "stopped": self.stopped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue counting."""
         self.round, self.step, self.tokens = state["round"], state["step"], state["tokens"]
+        if state["stopped"]:
+            self.stop()
 
 
 class Round:

@@ -82,7 +82,8 @@ class Trainer:
                     groups = self.rewards(self.engine.fill(self.stream.take(), needs.completions))
                     self.roster.refresh(index)
                     units = algorithm.build(groups)
-                    batch = self.roster.fill(collate(units, blank_like(units, self.dist.world)), needs.columns)
+                    batch = collate(units, blank_like(units, self.dist.world))
+                    batch = self.roster.fill(batch, needs.columns, needs.slots)
                     self.round.begin(index, algorithm.annotate(batch, self.dist.world), units, groups, self.dist.world)
                     if self.progress.step == 0 and self.config.step0_checks:
                         check_rows(self.policy, units, self.dist.dtype)
@@ -153,16 +154,20 @@ class Trainer:
         if stop or (self.config.save_steps and step % self.config.save_steps == 0):
             self.save()
         if stop:
-            raise Interrupted(
-                f"stopped by {self.stop.name or 'another rank'} after step {step}; continue with `alignkit resume "
-                f"{self.folder}`"
-            )
+            rest = f"after step {step}; continue with `alignkit resume {self.folder}`"
+            raise Interrupted(f"stopped by {self.stop.name or 'another rank'} {rest}")
 
     def evaluate(self) -> None:
-        """Measure on held-out data and log it, unless this step was measured already."""
-        step = self.progress.step
-        if self.evaluator.last_step != step and (record := self.evaluator.measure(step)):
-            self.track.log({"step": self.progress.step, "epoch": self.stream.epoch, **record})
+        """Measure on held-out data, unless this step was measured already; keep the best, stop when none comes."""
+        step, best = self.progress.step, self.evaluator.best
+        if self.evaluator.last_step != step:
+            if record := self.evaluator.measure(step):
+                self.track.log({"step": step, "epoch": self.stream.epoch, **record})
+            improved = best.judge(step, record)
+            if best.exhausted:
+                self.progress.stop()
+            if improved:
+                self.save()
 
     def parts(self) -> tuple[dict[str, Stateful], dict[str, Stateful]]:
         """All state that cannot be recomputed: what is equal on every rank, and what each rank has its own of."""
@@ -178,9 +183,8 @@ class Trainer:
         return shared, {"round": self.round}
 
     def save(self) -> None:
-        """Checkpoint this step, unless it is there already."""
-        if self.progress.step not in self.checkpoints.steps():
-            self.checkpoints.save(self.progress.step, *self.parts(), self.write_model)
+        """Checkpoint this step, unless it is there already; the best one is kept beside the newest."""
+        self.checkpoints.save(self.progress.step, *self.parts(), self.write_model, self.evaluator.best.step)
 
     def nonfinite(self, part: list[int], found: dict[str, float]) -> RunFailed:
         """Before the step: dump the batch, keep a loadable checkpoint, say what broke."""
@@ -191,5 +195,5 @@ class Trainer:
         dump = dump_batch(self.folder / "debug" / f"step-{step}", batch, part, groups, found, world.rank)
         if not broken or not self.checkpoints.steps():  # broken weights must not push out the last good ones
             self.save()
-        newest = self.folder / f"checkpoint-{self.checkpoints.steps()[0]}"
+        newest = self.checkpoints.path(self.checkpoints.steps()[0])
         return RunFailed(nonfinite_message(step, found, groups, broken, dump, newest))

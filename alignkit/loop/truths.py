@@ -35,7 +35,7 @@ def check_rows(policy: CausalPolicy, units: Sequence[Unit], dtype: torch.dtype) 
         return
     batch = collate([(row,) for row in rows])
     with policy.evaluating() if policy.is_noisy else torch.no_grad():
-        ours = policy.forward(batch, frozenset({"logps"})).logps.cpu()
+        ours = policy.told(batch).cpu()
     for i, row in enumerate(rows):
         plain = policy.plain_logps(row)
         if found := _difference(ours[i, : len(row.tokens)] - plain.logps, plain.known, dtype):
@@ -112,8 +112,8 @@ def _cause(policy: CausalPolicy, batch: Batch, i: int, ours: Tensor, plain: Plai
     early, right, late = plain.by_shift
 
     def is_right_now() -> bool:
-        logps = policy.forward(batch, frozenset({"logps"})).logps[i, : len(right)].cpu()
-        return not _difference(logps - right, trained, dtype)
+        told = policy.told(batch)[i, : len(right)].cpu()
+        return not _difference(told - right, trained, dtype)
 
     with policy.evaluating():
         if is_right_now():

@@ -168,8 +168,9 @@ def lay_out(batch: Batch, layout: LayoutName, device: torch.device) -> Inputs:
     tokens, mask = batch.inputs["tokens"], batch["mask"]
     if layout == "padded":
         row, column = mask.nonzero(as_tuple=True)
-        scored = row * tokens.shape[1] + column - 1
-        return Inputs(tokens.to(device), None, None, scored.to(device))
+        fed = tokens[:, :-1]
+        scored = row * fed.shape[1] + column - 1
+        return Inputs(fed.to(device), None, None, scored.to(device))
     return _stream(tokens, mask, _families(batch, layout), device)
 
 
@@ -211,11 +212,17 @@ def cut_batch(
 
 
 def _spans(batch: Batch) -> list[_Span]:
-    """Rows with something to score. The bytes of a prompt make it comparable."""
+    """Rows with something to score. The bytes of a prompt make it comparable.
+
+    A row's prompt ends where training begins, or before: where the input `prompt` says so.
+    """
     mask, tokens = batch["mask"], batch.inputs["tokens"].numpy()
     width = mask.shape[1]
     some = mask.any(1).tolist()
     first = mask.int().argmax(1).tolist()
+    if "prompt" in batch.inputs:
+        told = batch.inputs["prompt"].long().tolist()
+        first = [min(a, b) if b else a for a, b in zip(first, told, strict=True)]
     last = (width - 1 - mask.flip(1).int().argmax(1)).tolist()
     return [_Span(i, first[i], last[i], tokens[i, : first[i]].tobytes()) for i in range(mask.shape[0]) if some[i]]
 

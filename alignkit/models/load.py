@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,12 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from alignkit.core.contracts import Heads
 from alignkit.core.errors import DataError, RecipeError
 from alignkit.core.rng import key
 from alignkit.data.render import Renderer
 from alignkit.models.config import ModelConfig
+from alignkit.models.heads import Members, attach, fresh_score, head_names, load_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +28,9 @@ POLICY_ADAPTER = "default"
 REFERENCE_ADAPTER = "reference"
 NOISE = ("dropout", "pdrop", "dropout_prob", "layerdrop", "jitter_noise")
 """How config entries end that make a model answer differently in training mode."""
+LANGUAGE = Heads()
+SCORERS = {"language": "ForCausalLM", "sequence": "ForSequenceClassification", "token": "ForTokenClassification"}
+"""How architectures end that have the head already."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -105,12 +111,15 @@ def load_renderer(config: ModelConfig) -> Renderer:
     )
 
 
-def load_base(config: ModelConfig, dtype: torch.dtype) -> Any:
-    """The transformers model with dropout off: log-ratios at step 0 must be exactly 0."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
+def load_base(config: ModelConfig, dtype: torch.dtype, heads: Heads = LANGUAGE, seed: int = 0) -> Any:
+    """The transformers model with dropout off: log-ratios at step 0 must be exactly 0.
 
-    disable_progress_bar()  # a bar for every shard read or written would bury the run's own
+    A score layer that the weights lack is drawn from `seed`; one that they have stays.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a bar for every shard read or written would bury the run's own
 
     path = adapter_base(config.name_or_path) or config.name_or_path
     with _explained("model", path):
@@ -124,18 +133,32 @@ def load_base(config: ModelConfig, dtype: torch.dtype) -> Any:
         }
         for name in noise:
             setattr(settings, name, 0.0)
+        has_score = any(name.endswith(SCORERS[heads.kind]) for name in settings.architectures or ())
+        if not heads.is_language:
+            settings.id2label = dict(enumerate(heads.names))
+            settings.label2id = {name: i for i, name in settings.id2label.items()}
         extra = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=settings,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            dtype=dtype,
-            **extra,
-        )
+        verbosity = logging.get_verbosity()
+        if not heads.is_language:
+            logging.set_verbosity_error()  # that the score layer is new is no news
+        try:
+            model = _model_class(heads).from_pretrained(
+                path,
+                config=settings,
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                dtype=dtype,
+                **extra,
+            )
+        finally:
+            logging.set_verbosity(verbosity)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    if not heads.is_language and not heads.hidden:
+        model.score.float()
+        if not has_score:
+            fresh_score(model, seed)
     if Path(path).is_dir():  # an adapter remembers its base by this, and is loaded from anywhere
         model.name_or_path = str(Path(path).resolve())
     for name, value in noise.items():  # what is exported must say what the original said
@@ -143,15 +166,33 @@ def load_base(config: ModelConfig, dtype: torch.dtype) -> Any:
     return model
 
 
-def load_policy(config: ModelConfig, seed: int = 0) -> Any:
+def _model_class(heads: Heads) -> Any:
+    import transformers
+
+    if heads.hidden:
+        return transformers.AutoModel
+    return {
+        "language": transformers.AutoModelForCausalLM,
+        "sequence": transformers.AutoModelForSequenceClassification,
+        "token": transformers.AutoModelForTokenClassification,
+    }[heads.kind]
+
+
+def load_policy(config: ModelConfig, seed: int = 0, heads: Heads = LANGUAGE) -> Any:
     """The trainable model, on the CPU.
 
     Full training keeps float32 weights whatever the compute dtype: steps of 1e-6 vanish in bfloat16. With `lora` the
     frozen weights have the recipe's dtype and the adapter float32. `name_or_path` may be an adapter folder: with `lora`
     its adapter goes on training and a frozen copy of it is the reference; without, it is merged into the weights.
+
+    Raises:
+        RecipeError: the model cannot be loaded, or cannot carry these heads.
     """
+    if heads.members > 1:
+        one = replace(heads, members=1)
+        return Members([load_policy(config, key(seed, "member", i), one) for i in range(heads.members)])
     adapter = config.name_or_path if adapter_base(config.name_or_path) is not None else None
-    model = load_base(config, torch.float32 if config.lora is None else DTYPES[config.dtype])
+    model = load_base(config, torch.float32 if config.lora is None else DTYPES[config.dtype], heads, seed)
     if config.lora is None:
         if adapter is not None:
             from peft import PeftModel
@@ -159,13 +200,21 @@ def load_policy(config: ModelConfig, seed: int = 0) -> Any:
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
             model.requires_grad_(True)  # peft froze it
     else:
-        model = _with_adapter(model, config, adapter, seed)
+        model = _with_adapter(model, config, adapter, seed, heads)
+    attach(model, heads, seed)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
-def _with_adapter(model: Any, config: ModelConfig, adapter: str | None, seed: int) -> Any:
+def load_writer(config: ModelConfig, folder: Path) -> Any:
+    """The language model `config` names, with the several heads that were saved in `folder`, if any were."""
+    model = load_policy(config, heads=Heads(names=tuple(head_names(folder))))
+    load_heads(model, folder)
+    return model
+
+
+def _with_adapter(model: Any, config: ModelConfig, adapter: str | None, seed: int, heads: Heads) -> Any:
     from peft import LoraConfig as PeftLoraConfig
     from peft import PeftModel, get_peft_model
 
@@ -181,7 +230,7 @@ def _with_adapter(model: Any, config: ModelConfig, adapter: str | None, seed: in
                     lora_alpha=lora.alpha,
                     lora_dropout=lora.dropout,
                     target_modules=lora.target_modules,
-                    task_type="CAUSAL_LM",
+                    task_type={"language": "CAUSAL_LM", "sequence": "SEQ_CLS", "token": "TOKEN_CLS"}[heads.kind],
                 ),
             )
     saved = PeftLoraConfig.from_pretrained(adapter)
@@ -197,6 +246,22 @@ def _with_adapter(model: Any, config: ModelConfig, adapter: str | None, seed: in
     wrapped.load_adapter(adapter, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
     wrapped.set_adapter(POLICY_ADAPTER)  # the active adapter trains, and no other
     return wrapped
+
+
+def set_padding(models: Sequence[Any], renderer: Renderer) -> None:
+    """Give classifiers and their tokenizer a token for padding that ends no text.
+
+    transformers scores the last token that is not padding: with the end-of-text token as padding it would read the one
+    before. A vocabulary without such a token gets none, and transformers then takes one row at a time.
+    """
+    tokenizer: Any = renderer.tokenizer
+    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id)
+    found = next((token for token in candidates if token is not None and token not in renderer.stop_ids), None)
+    for model in models:
+        for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
+            config.pad_token_id = found
+    if found is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(found)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -20,11 +20,15 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 @dataclass(frozen=True)
 class Path:
-    """How rows are laid out, and whether the head is ours (`chunked`) or the model's own (`full` logits)."""
+    """How rows are laid out, and whether the head is ours (`chunked`) or the model's own (`full` logits).
+
+    `scores`: the model scores text and has no such head.
+    """
 
     layout: LayoutName
     head: Head | None
     why: tuple[str, ...] = ()
+    scores: bool = False
 
     def __str__(self) -> str:
         rows = {
@@ -32,8 +36,10 @@ class Path:
             "packed": "rows packed without padding",
             "prefix_shared": "rows packed without padding, shared prompts once",
         }[self.layout]
-        head = "log-probabilities in chunks" if self.head is not None else "whole logits"
-        return f"{rows}; {head}" + (f" (fallback, because {'; '.join(self.why)})" if self.why else "")
+        head = "; log-probabilities in chunks" if self.head is not None else "; whole logits"
+        return (
+            rows + ("" if self.scores else head) + (f" (fallback, because {'; '.join(self.why)})" if self.why else "")
+        )
 
 
 def causal_model(bare: Any) -> Any:
@@ -41,10 +47,12 @@ def causal_model(bare: Any) -> Any:
     return bare.get_base_model() if hasattr(bare, "peft_config") else bare
 
 
-def choose_path(bare: Any, layout: str, attn_implementation: str | None) -> Path:
+def choose_path(bare: Any, layout: str, attn_implementation: str | None, *, scores: bool = False) -> Path:
     """The best way the model's config allows; a model that can read streams is taught to.
 
     Args:
+        bare: one model, adapters or not.
+        scores: it scores text, and has no output layer over a vocabulary.
         layout: the recipe's `model.layout`. `padded` means without any of it: padded rows, whole logits.
         attn_implementation: what the recipe asks for, None = the model's own choice.
 
@@ -52,17 +60,17 @@ def choose_path(bare: Any, layout: str, attn_implementation: str | None) -> Path
         RecipeError: a layout was asked for by name that the model cannot take.
     """
     if layout == "padded":
-        return Path("padded", None)
+        return Path("padded", None, scores=scores)
     model = causal_model(bare)
-    head, why_not_head = _read_head(model)
-    why = () if head is not None else (why_not_head,)
+    head, why_not_head = (None, "") if scores else read_head(model)
+    why = () if scores or head is not None else (why_not_head,)
     reason = _no_stream(model, attn_implementation)
     if reason is None:
         install(model)
         install_trim(model.base_model)
-        return Path("packed" if layout == "packed" else "prefix_shared", head, why)
+        return Path("packed" if layout == "packed" else "prefix_shared", head, why, scores)
     refuse_if_asked(layout, reason)
-    return Path("padded", head, (*why, reason))
+    return Path("padded", head, (*why, reason), scores)
 
 
 def refuse_if_asked(layout: str, reason: str) -> None:
@@ -106,7 +114,7 @@ def _no_stream(model: Any, attn_implementation: str | None) -> str | None:
     return None
 
 
-def _read_head(model: Any) -> tuple[Head | None, str]:
+def read_head(model: Any) -> tuple[Head | None, str]:
     """The output layer as weights, or why it cannot be read as such."""
     layer = model.get_output_embeddings()
     if type(layer) is not nn.Linear:

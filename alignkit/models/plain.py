@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from alignkit.core.types import Row
+from alignkit.models.heads import score_layer
 from alignkit.models.paths import causal_model
 
 KEPT = 512
@@ -53,3 +55,18 @@ def plain_logps(bare: Any, row: Row, device: torch.device) -> PlainLogps:
     if first:
         known[: first + SHIFTS - 1] = False
     return PlainLogps(by_shift, known)
+
+
+@torch.no_grad()
+def plain_scores(models: Sequence[Any], row: Row, device: torch.device) -> PlainLogps:
+    """The row through each model's own body and score layer, all scores of a place added up. On the CPU."""
+    length = len(row.tokens)
+    told = torch.zeros(length)
+    for model in models:
+        states: Tensor = causal_model(model).base_model(input_ids=torch.tensor([row.tokens], device=device))[0][0]
+        with torch.autocast(device.type, enabled=False):
+            told += score_layer(model)(states.float()).sum(-1).float().cpu()
+    by_shift = torch.zeros(SHIFTS, length)
+    for shift in range(SHIFTS):
+        by_shift[shift, shift:] = told[: length - shift]
+    return PlainLogps(by_shift, torch.tensor(row.trained))

@@ -5,26 +5,48 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as Folder
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from alignkit.core.contracts import Heads
 from alignkit.core.types import Batch, Forward, Row, Unit
 from alignkit.data.collate import collate, select_units, to_device
 from alignkit.dist.engine import DistEngine
+from alignkit.models.heads import (
+    MEMBER,
+    LanguageHeads,
+    detached,
+    extra,
+    load_heads,
+    members,
+    mixed,
+    output_layer,
+    save_heads,
+    score_layer,
+)
 from alignkit.models.layout import Inputs, cut_batch, lay_out
-from alignkit.models.load import POLICY_ADAPTER, REFERENCE_ADAPTER
+from alignkit.models.load import LANGUAGE, POLICY_ADAPTER, REFERENCE_ADAPTER
 from alignkit.models.offload import ActivationOffload
-from alignkit.models.paths import Path, causal_model, choose_path, first_failure, padded, refuse_if_asked, whole_logits
-from alignkit.models.plain import PlainLogps, plain_logps
-from alignkit.ops.logps import Head, TokenScores, chunked_logps, one_pass_loss, picked_logps, unit_chunks
+from alignkit.models.paths import (
+    Path,
+    causal_model,
+    choose_path,
+    first_failure,
+    padded,
+    read_head,
+    refuse_if_asked,
+    whole_logits,
+)
+from alignkit.models.plain import PlainLogps, plain_logps, plain_scores
+from alignkit.ops.logps import Head, TokenScores, chunked_logps, head_logits, one_pass_loss, picked_logps, unit_chunks
 
 SCORING_TOKENS = 8192
 """Tokens of one no-grad forward."""
-LOGPS = frozenset({"logps"})
+LOGPS, SCORES = frozenset({"logps"}), frozenset({"scores"})
 FULL_PRECISION, LOW_PRECISION = 1e-4, 0.1
 """Nats a token by which two ways of computing the same may differ on average, in float32 and in bfloat16."""
 
@@ -47,15 +69,23 @@ class _Scorer(nn.Module):
     def __init__(self, model: Any, dist: DistEngine, offload: bool) -> None:
         super().__init__()
         self.model = model
+        self.own_head = False
+        """Rows go through the model's own output layer, whatever heads there are."""
         self._dist, self._offload = dist, offload
 
     def forward(self, batch: Batch, outputs: frozenset[str], path: Path, objective: Objective | None) -> Any:
         """Forward of a batch (on the CPU), or the loss that `objective` makes of its units."""
         inputs = lay_out(batch, path.layout, self._dist.device)
         whole = to_device(batch, self._dist.device)
-        targets = whole.inputs["tokens"][whole["mask"]]
-        wants = {"entropy": "entropy" in outputs, "correct": "correct" in outputs}
         with self._dist.autocast():
+            if path.scores:
+                out = self._scores(inputs, whole)
+                return out if objective is None else objective(out, whole)
+            targets = whole.inputs["tokens"][whole["mask"]]
+            wants = {"entropy": "entropy" in outputs, "correct": "correct" in outputs}
+            heads = extra(self.model)
+            if isinstance(heads, LanguageHeads) and not self.own_head:
+                return self._many_heads(batch, whole, inputs, targets, heads, path, outputs, objective, wants)
             head = path.head if "logits" not in outputs else None
             if head is None:
                 logits = self._logits(inputs)
@@ -63,11 +93,72 @@ class _Scorer(nn.Module):
                 if "logits" in outputs:
                     out = _with_logits(out, whole, logits)
                 return out if objective is None else objective(out, whole)
-            states = self._states(inputs)
+            states = self._states(inputs, self.model)
             if objective is not None and torch.is_grad_enabled():
                 return self._one_pass(batch, whole, states, head, targets, objective, wants)
             out = _forward_of(whole, chunked_logps(states, head, targets, **wants))
         return out if objective is None else objective(out, whole)
+
+    def _many_heads(
+        self,
+        batch: Batch,
+        whole: Batch,
+        inputs: Inputs,
+        targets: Tensor,
+        heads: LanguageHeads,
+        path: Path,
+        outputs: frozenset[str],
+        objective: Objective | None,
+        wants: dict[str, bool],
+    ) -> Any:
+        """Every row through the head that its input `head` numbers; the rows of a unit through one."""
+        own, why = read_head(causal_model(self.model))
+        if own is None:
+            raise ValueError(f"several heads need the formula of the model's own: {why}")
+        layers = [replace(own, weight=weight, bias=None) for weight in heads.weights]
+        chosen = batch.inputs["head"].long()
+        states = self._states(inputs, self.model)
+        of_token = chosen[:, None].expand(batch["mask"].shape)[batch["mask"]].to(states.device)
+        places = [(of_token == i).nonzero().flatten() for i in range(len(layers))]
+        one_pass = path.head is not None and "logits" not in outputs
+        if one_pass and objective is not None and torch.is_grad_enabled():
+            # Every head takes part in every backward: other processes may have rows for it.
+            total = sum(0.0 * layer.weight[0, 0] for layer in layers) + 0.0 * states.sum()
+            for i, layer in enumerate(layers):
+                index = (batch.by_unit(chosen)[:, 0] == i).nonzero().flatten().tolist()
+                if index:
+                    part = select_units(batch, index)
+                    some = (states.index_select(0, places[i]), layer, targets[places[i]])
+                    total = total + self._one_pass(part, to_device(part, states.device), *some, objective, wants)
+            return total
+        order = torch.cat(places).argsort()
+        if one_pass:
+            parts = [
+                chunked_logps(states.index_select(0, place), layer, targets[place], **wants)
+                for place, layer in zip(places, layers, strict=True)
+            ]
+            scores = TokenScores(*(None if x[0] is None else torch.cat(x)[order] for x in zip(*parts, strict=True)))  # type: ignore[arg-type]
+            out = _forward_of(whole, scores)
+        else:
+            several = [
+                head_logits(states.index_select(0, place), layer) for place, layer in zip(places, layers, strict=True)
+            ]
+            logits = torch.cat(several)[order]
+            out = _forward_of(whole, picked_logps(logits, targets, **wants))
+            if "logits" in outputs:
+                out = _with_logits(out, whole, logits)
+        return out if objective is None else objective(out, whole)
+
+    def _scores(self, inputs: Inputs, whole: Batch) -> Forward:
+        """What the score layers of all models say, in float32."""
+        found = []
+        for model in members(self.model):
+            states = self._states(inputs, model)
+            with torch.autocast(states.device.type, enabled=False):
+                found.append(score_layer(model)(states if states.dtype == torch.float64 else states.float()))
+        scores, mask = torch.cat(found, -1), whole["mask"]
+        full = scores.new_zeros(*mask.shape, scores.shape[-1]).masked_scatter(mask[..., None], scores)
+        return Forward(logps=full.new_zeros(mask.shape), scores=full)
 
     def _one_pass(
         self,
@@ -93,9 +184,9 @@ class _Scorer(nn.Module):
         chunks = [(bounds[first], bounds[stop]) for first, stop in units]
         return one_pass_loss(states, head, targets, chunks, share, **wants)
 
-    def _states(self, inputs: Inputs) -> Tensor:
+    def _states(self, inputs: Inputs, model: Any) -> Tensor:
         """The hidden state before each scored token, [S, hidden]."""
-        body = causal_model(self.model).base_model
+        body = causal_model(model).base_model
         with self._offloading():
             states: Tensor = body(**_arguments(inputs)).last_hidden_state
             return states.flatten(0, 1).index_select(0, inputs.scored)
@@ -148,32 +239,38 @@ def _with_logits(out: Forward, batch: Batch, logits: Tensor) -> Forward:
 
 
 class CausalPolicy:
-    """A transformers causal LM, full or with adapters, that scores batches.
+    """A transformers causal LM, full or with adapters, that scores batches; or classifiers of its family.
 
     `module` is what training forwards call (wrapped for several processes), `bare` the model itself, `path` the way it
-    takes from rows to log-probabilities.
+    takes from rows to log-probabilities, `heads` what stands on its backbone.
 
     Raises:
         RecipeError: the model cannot take the layout that `options` name.
     """
 
-    def __init__(self, bare: Any, dist: DistEngine, options: ForwardOptions | None = None) -> None:
+    def __init__(
+        self, bare: Any, dist: DistEngine, options: ForwardOptions | None = None, heads: Heads = LANGUAGE
+    ) -> None:
         options = options if options is not None else ForwardOptions()
-        self.bare, self.dist = bare, dist
+        self.bare, self.dist, self.heads = bare, dist, heads
         self._layout = options.layout
         self._scorer = _Scorer(bare, dist, options.activation_offload)
         self.module: nn.Module = self._scorer
-        self.path = choose_path(bare, options.layout, options.attn_implementation)
+        ways = [
+            choose_path(model, options.layout, options.attn_implementation, scores=not heads.is_language)
+            for model in members(bare)
+        ]
+        self.path = ways[0]
 
     @property
     def is_peft(self) -> bool:
         """Whether only adapters train."""
-        return hasattr(self.bare, "peft_config")
+        return hasattr(members(self.bare)[0], "peft_config")
 
     @property
     def is_noisy(self) -> bool:
         """Whether adapter dropout, which a recipe may ask for, makes training forwards random."""
-        return self.is_peft and self.bare.peft_config[POLICY_ADAPTER].lora_dropout > 0
+        return self.is_peft and members(self.bare)[0].peft_config[POLICY_ADAPTER].lora_dropout > 0
 
     def parameters(self) -> list[nn.Parameter]:
         """What trains."""
@@ -187,6 +284,14 @@ class CausalPolicy:
         """
         out: Forward = self._module()(batch, outputs, self.path, None)
         return out
+
+    def told(self, batch: Batch) -> Tensor:
+        """[N, L]: one number a token, in which a wrong way shows: its log-probability, or its scores added up."""
+        if self.heads.is_language:
+            return self.forward(batch, LOGPS).logps
+        scores = self.forward(batch, SCORES).scores
+        assert scores is not None
+        return scores.sum(-1)
 
     def loss(self, batch: Batch, outputs: frozenset[str], objective: Objective) -> Tensor:
         """The sum of `objective` over the units of a batch, some units at a time, without ever holding all logits.
@@ -230,25 +335,30 @@ class CausalPolicy:
     def _differs(self, batch: Batch, plain: Sequence[PlainLogps]) -> str | None:
         def compare() -> str | None:
             with self.evaluating():
-                found = self._scorer(batch, LOGPS, self.path, None).logps.float().cpu()
+                found = self.told(batch).float().cpu()
             off = [found[i, : len(row.known)][row.known] - row.logps[row.known] for i, row in enumerate(plain)]
             apart = float(torch.cat(off).abs().mean())
             allowed = FULL_PRECISION if self.dist.dtype == torch.float32 else LOW_PRECISION
             if apart <= allowed or not any(len(x) for x in off):
                 return None
-            return f"at first use it gave other log-probabilities than plain transformers, by {apart:.2g} nats a token"
+            return f"at first use it gave other numbers than plain transformers, by {apart:.2g} a token"
 
         return first_failure(compare)
 
     def plain_logps(self, row: Row) -> PlainLogps:
-        """The row alone through the model's own forward, in eval mode."""
+        """The row alone through the model's own forward, in eval mode; of a model that scores, its scores added up."""
         with self.evaluating(), self.dist.autocast():
-            return plain_logps(self.bare, row, self.dist.device)
+            if not self.heads.is_language:
+                return plain_scores(members(self.bare), row, self.dist.device)
+            heads = extra(self.bare)
+            weight = heads.weights[int(row.inputs.get("head", 0))] if isinstance(heads, LanguageHeads) else None
+            with nullcontext() if weight is None else output_layer(self.bare, weight):
+                return plain_logps(self.bare, row, self.dist.device)
 
     @contextmanager
     def on_padded_rows(self) -> Iterator[None]:
         """The plain way in place of `path`, as `model.layout: padded` goes."""
-        path, self.path = self.path, Path("padded", None)
+        path, self.path = self.path, Path("padded", None, scores=self.path.scores)
         try:
             yield
         finally:
@@ -260,15 +370,19 @@ class CausalPolicy:
     @contextmanager
     def as_reference(self) -> Iterator[None]:
         """The same weights with the adapter off, or with the frozen adapter the run started from."""
-        if REFERENCE_ADAPTER not in self.bare.peft_config:
-            with self.bare.disable_adapter():
-                yield
-            return
-        self.bare.set_adapter(REFERENCE_ADAPTER)
+        self._scorer.own_head = True
         try:
-            yield
+            if REFERENCE_ADAPTER not in self.bare.peft_config:
+                with self.bare.disable_adapter():
+                    yield
+                return
+            self.bare.set_adapter(REFERENCE_ADAPTER)
+            try:
+                yield
+            finally:
+                self.bare.set_adapter(POLICY_ADAPTER)  # the active adapter trains, and no other
         finally:
-            self.bare.set_adapter(POLICY_ADAPTER)  # the active adapter trains, and no other
+            self._scorer.own_head = False
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -284,29 +398,50 @@ class CausalPolicy:
     def save(self, folder: Folder, dtype: torch.dtype | None = None) -> None:
         """A folder plain transformers (or peft) loads, its weights in `dtype`; None = as they are trained.
 
-        An adapter is small and stays as it is trained.
+        An adapter is small and stays as it is trained. Of several heads the output layer is the even mixture; each by
+        itself stands beside it. Of several models each has its folder.
         """
-        if self.is_peft:
-            self.bare.save_pretrained(folder, selected_adapters=[POLICY_ADAPTER], safe_serialization=True)
-        elif dtype is None or all(p.dtype == dtype for p in self.bare.parameters()):
-            self.bare.save_pretrained(folder)
-        else:
-            _cast_copy(self.bare, dtype).save_pretrained(folder)
+        for model, place in zip(members(self.bare), self.folders(folder), strict=True):
+            place.mkdir(parents=True, exist_ok=True)
+            with mixed(model), detached(model):
+                _save(model, place, dtype)
+            save_heads(model, place)
 
     def load(self, folder: Folder) -> None:
         """Weights from a folder `save` wrote, bit for bit."""
-        if self.is_peft:
-            from peft import load_peft_weights, set_peft_model_state_dict
+        for model, place in zip(members(self.bare), self.folders(folder), strict=True):
+            with detached(model):
+                _load(model, place)
+            load_heads(model, place)
 
-            set_peft_model_state_dict(self.bare, load_peft_weights(str(folder)), adapter_name=POLICY_ADAPTER)
-        else:
-            # Through from_pretrained: transformers may rename weights on their way to disk and back.
-            fresh = type(self.bare).from_pretrained(folder, dtype=next(self.bare.parameters()).dtype)
-            self.bare.load_state_dict(fresh.state_dict())
+    def folders(self, folder: Folder) -> list[Folder]:
+        """Where `save` puts each model: the folder itself, or one inside it for each of several."""
+        several = self.heads.members > 1
+        return [folder / MEMBER.format(i) for i in range(self.heads.members)] if several else [folder]
 
     def broken_weights(self) -> list[str]:
         """Names of weights that hold nan or infinity."""
         return [name for name, p in self.bare.named_parameters() if not bool(torch.isfinite(p.detach()).all())]
+
+
+def _save(model: Any, folder: Folder, dtype: torch.dtype | None) -> None:
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(folder, selected_adapters=[POLICY_ADAPTER], safe_serialization=True)
+    elif dtype is None or all(p.dtype == dtype for p in model.parameters()):
+        model.save_pretrained(folder)
+    else:
+        _cast_copy(model, dtype).save_pretrained(folder)
+
+
+def _load(model: Any, folder: Folder) -> None:
+    if hasattr(model, "peft_config"):
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_peft_weights(str(folder)), adapter_name=POLICY_ADAPTER)
+    else:
+        # Through from_pretrained: transformers may rename weights on their way to disk and back.
+        fresh = type(model).from_pretrained(folder, dtype=next(model.parameters()).dtype)
+        model.load_state_dict(fresh.state_dict())
 
 
 def _telling(units: Sequence[Unit]) -> list[Row]:

@@ -16,6 +16,9 @@ from alignkit.data.collate import select_units
 from alignkit.models.cache import Bar, LogpsCache
 from alignkit.models.policy import SCORING_TOKENS, CausalPolicy
 
+NO_SLOTS: Mapping[str, tuple[int, ...]] = {}
+"""Every column for all rows."""
+
 
 class ScoringModel(Protocol):
     """A model of the run that scores without gradient."""
@@ -79,13 +82,20 @@ class Roster:
         """The one moment other models move: after scoring, before columns. None moves yet."""
         del round
 
-    def fill(self, batch: Batch, columns: Iterable[str]) -> Batch:
+    def fill(self, batch: Batch, columns: Iterable[str], slots: Mapping[str, tuple[int, ...]] = NO_SLOTS) -> Batch:
         """`<model>.<output>` columns, without gradient, micro-batched.
+
+        A column of tokens that `slots` names is filled for these rows of every unit, and is 0 elsewhere.
 
         Raises:
             RunFailed: a model answers nan or infinity.
         """
-        return batch.with_columns({name: self._column(batch, name) for name in sorted(columns)})
+        return batch.with_columns(
+            {
+                name: self._partly(batch, name, slots[name]) if name in slots else self._column(batch, name)
+                for name in sorted(columns)
+            }
+        )
 
     def precompute(
         self, units: Sequence[Unit], columns: Iterable[str], progress: Callable[[str], None], bar: Bar
@@ -101,6 +111,17 @@ class Roster:
 
     def _cut(self, batch: Batch, max_tokens: int) -> list[list[int]]:
         return self._policy.cut(batch, range(batch.num_units), max_tokens)
+
+    def _partly(self, batch: Batch, column: str, slots: tuple[int, ...]) -> Tensor:
+        """The [N, L] column of these rows of every unit; rows without a trained token cost no forward."""
+        some = batch.keep_rows(*slots)
+        index = some.by_unit(some["mask"].any(-1)).any(-1).nonzero().flatten()
+        full = torch.zeros(batch["mask"].shape)
+        if len(index):
+            found = self._column(select_units(some, index.tolist()), column)
+            rows = (index[:, None] * batch.k + torch.tensor(slots)).reshape(-1)
+            full[rows, : found.shape[1]] = found
+        return full
 
     def _column(self, batch: Batch, column: str) -> Tensor:
         name, _, output = column.partition(".")
@@ -132,8 +153,9 @@ def _assemble(batch: Batch, parts: Sequence[tuple[list[int], Tensor]], column: s
     for index, value in parts:
         rows = (torch.tensor(index)[:, None] * batch.k + torch.arange(batch.k)).reshape(-1)
         if full is None:
-            full = value.new_zeros((batch.num_rows, width) if value.ndim == 2 else (batch.num_rows,))
-        if value.ndim == 2:
+            by_token = (width, *value.shape[2:]) if value.ndim > 1 else ()
+            full = value.new_zeros(batch.num_rows, *by_token)
+        if value.ndim > 1:
             full[rows, : value.shape[1]] = value
         else:
             full[rows] = value

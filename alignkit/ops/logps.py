@@ -92,6 +92,12 @@ def picked_logps(logits: Tensor, targets: Tensor, *, entropy: bool = False, corr
         )
 
 
+def head_logits(hidden: Tensor, head: Head) -> Tensor:
+    """[S, hidden] → [S, V], by autograd and in the dtype of autocast: what the model's own output layer does."""
+    logits = torch.nn.functional.linear(hidden, head.weight, head.bias) * head.scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
 class HeadChunk:
     """Some positions on their way: states → logits → probabilities → gradient of the logits, all in one buffer.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from alignkit.core import rng
 from alignkit.core.errors import DataError, RunFailed
 from alignkit.core.types import Completion, Group
+from alignkit.models.heads import mixed
 from alignkit.rollout.config import SamplingConfig
+from alignkit.rollout.guides import build_guide
 
 BELOW_ONE = 1.0 - 2.0**-52  # keeps `uniform × total` below `total` after rounding
 
@@ -41,7 +43,7 @@ class NativeEngine:
         stop_ids: tokens that end a completion; the one drawn is kept as its last token.
         pad_id: fills prompts up on the left; any valid id, it is masked out.
         decode: token ids (without the stop token) → text.
-        sampling: temperature, top-k, top-p, length.
+        sampling: temperature, top-k, top-p, length, guides.
         seed: root of the keys of all draws.
         max_batch: rows in one forward.
     """
@@ -65,7 +67,11 @@ class NativeEngine:
         self.seed = seed
         self.max_batch = max_batch
         self.version = 0
+        self._guides = [build_guide(config) for config in sampling.guides]
         self._context = _context_length(model)
+        for guide in self._guides:
+            with guide.over(model):
+                pass  # one that does not fit the model is refused before anything is trained
 
     def sync(self, version: int) -> None:
         """Take note that the weights are now those of `version`: samples carry it, and draws are keyed by it."""
@@ -83,13 +89,22 @@ class NativeEngine:
         """
         drafts = [[self._draft(group, i) for i in range(len(group.completions), n)] for group in groups]
         rows = [draft for new in drafts for draft in new]
-        with _evaluating(self.model), torch.no_grad():
+        with _evaluating(self.model), torch.no_grad(), self._guided():
             for start in range(0, len(rows), self.max_batch):
                 self._write(rows[start : start + self.max_batch])
         return [
             replace(group, completions=[*group.completions, *map(self._finish, new)]) if new else group
             for group, new in zip(groups, drafts, strict=True)
         ]
+
+    @contextmanager
+    def _guided(self) -> Iterator[None]:
+        """The model as it writes: of several heads the even mixture, unless a guide says otherwise."""
+        with ExitStack() as stack:
+            stack.enter_context(mixed(self.model))
+            for guide in self._guides:
+                stack.enter_context(guide.over(self.model))
+            yield
 
     def _draft(self, group: Group, index: int) -> _Draft:
         if self._context is not None and len(group.prompt) >= self._context:

@@ -17,7 +17,8 @@ class CardFacts(TypedDict):
 
     `base_model` is a hub id or a folder, `datasets` are the `path`s of the recipe's data, `peft` says that the folder
     holds an adapter, `conversational` that the model was trained through its chat template. `paper` is the method's
-    reference in one line, `versions` package → version, `metrics` the last logged values.
+    reference in one line, `versions` package → version, `metrics` the last logged values. `best` is what best.json
+    says of the weights in the folder `best`, None where there is none.
     """
 
     base_model: str
@@ -28,6 +29,7 @@ class CardFacts(TypedDict):
     conversational: bool
     versions: Mapping[str, str]
     metrics: Mapping[str, float]
+    best: Mapping[str, Any] | None
 
 
 def write_card(run_dir: Path, facts: CardFacts) -> Path:
@@ -42,6 +44,7 @@ def write_card(run_dir: Path, facts: CardFacts) -> Path:
         f"```python\n{_quick_start(facts)}\n```",
         "## Training procedure",
         _procedure(facts),
+        *([_best(facts["best"])] if facts["best"] is not None else []),
         *(["## Last metrics", _markdown_table("metric", facts["metrics"])] if facts["metrics"] else []),
         "## Framework versions",
         "\n".join(f"- {package} {version}" for package, version in facts["versions"].items()),
@@ -118,6 +121,17 @@ def _procedure(facts: CardFacts) -> str:
     return (
         f"Method: `{facts['algorithm']}`.{paper} `recipe.resolved.yaml` in this folder is the complete recipe: "
         "`alignkit train recipe.resolved.yaml output_dir=NEW` repeats the training. `report.html` shows its curves."
+    )
+
+
+def _best(best: Mapping[str, Any]) -> str:
+    early = ", where training stopped early" if best["stopped_early"] else ""
+    found = f"`{best['metric']}` was best: {number(best['value'])}"
+    if best["step"] == best["last_step"]:
+        return f"This folder and `best` hold the weights of the last step, {best['step']}{early}; there {found}."
+    return (
+        f"This folder holds the weights of the last step, {best['last_step']}{early}. The folder `best` holds those of "
+        f"step {best['step']}, where {found}."
     )
 
 

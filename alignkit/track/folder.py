@@ -34,6 +34,7 @@ class RunFolder:
     samples: list[dict[str, Any]]
     data_report: list[dict[str, Any]] | None
     lock: dict[str, Any] | None
+    best: dict[str, Any] | None
 
     @property
     def name(self) -> str:
@@ -83,6 +84,7 @@ def read_run(path: Path) -> RunFolder:
         samples=_lines(path / "samples.jsonl"),
         data_report=_json(path / "data_report.json"),
         lock=_json(path / "run.lock"),
+        best=_json(path / "best.json"),
     )
 
 

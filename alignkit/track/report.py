@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from alignkit.core.errors import RecipeError
 from alignkit.track.folder import Curve, RunFolder, WinRate, better, read_run
@@ -20,7 +21,7 @@ PANELS: dict[str, tuple[str, ...]] = {
     "Loss": ("loss",),
     "Implicit rewards": ("rewards/chosen", "rewards/rejected"),
     "Reward margin": ("rewards/margins",),
-    "Preference accuracy": ("rewards/accuracies",),
+    "Preference accuracy": ("rewards/accuracies", "rewards/length_accuracies"),
     "Win rate of samples": ("win_rate",),
     "Log-probabilities, nats": ("logps/chosen", "logps/rejected"),
     "Token accuracy": ("mean_token_accuracy",),
@@ -61,6 +62,7 @@ def _one_run(run: RunFolder) -> str:
         f"<h1>{escape(run.name)}</h1>",
         note(f"aligned with {run.algorithm}"),
         f'<p class="verdict">{escape(verdict(run, rate))}</p>',
+        *([note(best_weights(run.best))] if run.best is not None else []),
         section("Departures from the defaults", _departures(run)),
         section("Key numbers", _key_numbers(run)),
         section("Curves", _curves({"": run})),
@@ -107,11 +109,22 @@ def verdict(run: RunFolder, rate: WinRate | None) -> str:
         if parts:
             break
     logged = run.curve("eval_win_rate")
-    if rate is not None:
+    if logged and run.recipe.get("eval", {}).get("opponent") == "chosen":
+        parts.append(f"win rate {number(logged[-1][1])} against the data's chosen answers")
+    elif rate is not None:
         parts.append(f"win rate {number(rate.rate)} against the samples before")
     elif logged:
         parts.append(f"win rate {number(logged[-1][1])}")
     return ", ".join(parts) or "Nothing was logged twice yet, so there is no change to report."
+
+
+def best_weights(best: Mapping[str, Any]) -> str:
+    """Which weights the folder `best` holds, of what best.json says."""
+    found = f"Best {best['metric']} {number(best['value'])} at step {best['step']}"
+    end = "where the run stopped early" if best["stopped_early"] else "where the run ended"
+    if best["step"] == best["last_step"]:
+        return f"{found}, {end}: best/ and this folder hold the same weights."
+    return f"{found}: the weights are in best/. This folder holds those of step {best['last_step']}, {end}."
 
 
 def _departures(run: RunFolder) -> str:
@@ -159,9 +172,9 @@ def _ordered_metrics(runs: Sequence[RunFolder]) -> list[str]:
     return list(dict.fromkeys([*known, *logged]))
 
 
-def _best(metric: str, curve: Curve) -> tuple[int, float] | None:
+def _best(metric: str, curve: Curve, run: RunFolder) -> tuple[int, float] | None:
     """(step, value) of the best point, the earliest of equals; None where neither end of the scale is the good one."""
-    direction = better(metric)
+    direction = run.best["mode"] if run.best is not None and run.best["metric"] == metric else better(metric)
     if direction is None:
         return None
     choose: Callable[..., tuple[int, float]] = max if direction == "max" else min
@@ -173,7 +186,7 @@ def _key_numbers(run: RunFolder) -> str:
     for metric in _ordered_metrics([run]):
         for name, place in ((metric, "training"), (f"eval_{metric}", "held out")):
             if curve := run.curve(name):
-                best = _best(name, curve)
+                best = _best(name, curve, run)
                 best_text = f"{number(best[1])} (step {best[0]})" if best else "–"
                 rows.append([metric, place, number(curve[0][1]), number(curve[-1][1]), best_text])
     bookkeeping = filter(_is_bookkeeping, run.metrics())

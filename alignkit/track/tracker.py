@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from alignkit.core.types import Metric
@@ -12,12 +12,19 @@ if TYPE_CHECKING:
     from alignkit.core.contracts import Sink
     from alignkit.track.sinks import JsonlSink
 
+Derive = Callable[[dict[str, float]], dict[str, float]]
+
 
 class Tracker:
-    """Gathers metrics over `logging_steps` steps and logs them; rank 0 has sinks, the others have none."""
+    """Gathers metrics over `logging_steps` steps and logs them; rank 0 has sinks, the others have none.
 
-    def __init__(self, jsonl: JsonlSink | None, sinks: Sequence[Sink], logging_steps: int) -> None:
-        self._jsonl, self._sinks, self._every = jsonl, list(sinks), logging_steps
+    `derive`: what the algorithm makes of a window's values.
+    """
+
+    def __init__(
+        self, jsonl: JsonlSink | None, sinks: Sequence[Sink], logging_steps: int, derive: Derive = dict
+    ) -> None:
+        self._jsonl, self._sinks, self._every, self._derive = jsonl, list(sinks), logging_steps, derive
         self._window: Totals = {}
         self._steps = 0
         self._last: dict[str, float] = {}
@@ -47,7 +54,7 @@ class Tracker:
             return
         # Sums (the loss among them) are of one step; the window shows their mean.
         means = {n: Metric(float(m.sum), self._steps) if m.how == "sum" else m for n, m in self._window.items()}
-        self.log({**self._last, **values(means), **(timings or {})})
+        self.log({**self._last, **self._derive(values(means)), **(timings or {})})
         self._window, self._steps = {}, 0
 
     def log(self, record: Mapping[str, float]) -> None:

@@ -192,3 +192,26 @@ def test_printing_in_colour_and_with_no_color(load, make_renderer, monkeypatch):
     assert "\x1b[1;31m</s>⏹" in colour
     assert "[trained]" not in colour
     assert "[trained]" in printed(groups, make_renderer(), force_terminal=True, color_system="standard", no_color=True)
+
+
+def test_objectives_are_the_scores_of_completions(load):
+    row = {
+        "prompt": "one day",
+        "completions": [" the fish", " the crab"],
+        "scores": {"truth": [1, 0], "fun": [None, 1]},
+    }
+    [group], _ = load([row | {"objective": "fun"}])
+    scores = [{name: score.value for name, score in one.scores.items()} for one in group.completions]
+    assert scores == [{"truth": 1.0}, {"truth": 0.0, "fun": 1.0}]
+    assert [one.reward for one in group.completions] == [1.0, 0.5]
+    assert group.fields["objective"] == "fun"
+
+
+def test_rows_of_a_foreign_layout_are_read_and_counted(load):
+    rows = [{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]}] * 2
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    groups, report = load([*rows, {"conversations": [{"from": "sea"}]}], template=template)
+    assert (len(groups), report.format, report.layout) == (2, "messages", "sharegpt")
+    assert "3 rows as messages from sharegpt, 2 kept" in report.lines()[0]
+    assert report.dropped["malformed"].examples[0].startswith("line 3: `conversations` has a turn from 'sea'")
+    assert report.to_json()["layout"] == "sharegpt"

@@ -195,3 +195,9 @@ def test_common_length():
     assert common_length([1, 2], [1, 2, 4]) == 2
     assert common_length([], [1]) == 0
     assert common_length([2], [1]) == 0
+
+
+def test_a_text_without_tokens_is_no_row(make_renderer):
+    [bad] = make_renderer(front="").render([Example("", [""])])
+    assert isinstance(bad, BadRow)
+    assert bad.reason == "empty completion"

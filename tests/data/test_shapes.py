@@ -27,6 +27,7 @@ def assistant(text):
         (["chosen", "rejected"], "preference"),
         (["prompt", "completion", "label"], "unpaired"),
         (["prompt", "completions", "scores"], "ranked"),
+        (["prompt", "completions", "labels"], "stepwise"),
     ],
 )
 def test_detection(columns, name):
@@ -41,7 +42,10 @@ def test_detection(columns, name):
         (["question", "reply"], ["these columns: question, reply", "Known formats: preference (chosen, rejected);"]),
         (["Prompt", "Chosen", "Rejected"], ["fields: {chosen: Chosen, rejected: Rejected}"]),
         (["prompts"], ["Nearest format: prompt (prompt)", "did you mean 'prompts'"]),
-        (["prompt", "completions", "labels"], ["stepwise", "format: ranked"]),
+        (
+            ["prompt", "response", "source"],
+            ["answer in 'response'", "fields: {completion: response}", "format: prompt"],
+        ),
     ],
 )
 def test_detection_that_fails_says_what_is_near(columns, parts):
@@ -61,7 +65,7 @@ def test_preference_with_scores():
     row = {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 7, "score_rejected": 2.5}
     example = to_example(row, "preference")
     assert (example.prompt, example.completions) == ("p", ["a", "b"])
-    assert (example.rewards, example.scores) == ([1.0, 0.0], [7.0, 2.5])
+    assert (example.rewards, example.scores) == ([1.0, 0.0], [{"score": 7.0}, {"score": 2.5}])
 
 
 def test_implicit_prompt_of_plain_transcripts_ends_at_the_last_common_assistant_mark():
@@ -117,7 +121,27 @@ def test_ranked_by_order_or_scores():
     row = {"prompt": "p", "completions": ["a", "b", "c"]}
     assert to_example(row, "ranked").rewards == [0.0, -1.0, -2.0]
     example = to_example(row | {"scores": [0.5, 2, 1]}, "ranked")
-    assert (example.rewards, example.scores) == ([0.5, 2.0, 1.0], [0.5, 2.0, 1.0])
+    assert (example.rewards, example.scores) == ([0.5, 2.0, 1.0], [{"score": 0.5}, {"score": 2.0}, {"score": 1.0}])
+
+
+def test_stepwise_rows_are_one_answer_of_labelled_steps():
+    row = {"prompt": "p", "completions": ["a ", "b"], "labels": [True, 0.5]}
+    example = to_example(row, "stepwise")
+    assert (example.completions, example.steps) == (["a\n\nb"], ["a", "b"])
+    assert math.isnan(example.rewards[0])
+    chat = to_example(row | {"prompt": [user("q")]}, "stepwise")
+    assert chat.completions == [[assistant("a\n\nb")]]
+
+
+def test_scores_of_single_answers_and_objectives():
+    row = {"prompt": "p", "completion": "c", "score": 3, "scores": {"truth": [1], "fun": None}}
+    example = to_example(row, "prompt_completion")
+    assert (example.rewards, example.scores) == ([3.0], [{"truth": 1.0, "score": 3.0}])
+    assert to_example(row | {"label": False}, "unpaired").rewards == [0.0]
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "scores": {"truth": [0, 1]}}
+    assert to_example(row, "preference").scores == [{"truth": 0.0}, {"truth": 1.0}]
+    row = {"prompt": "p", "completions": ["a", "b"], "scores": {"truth": [0, 1], "fun": [1, None]}}
+    assert to_example(row, "ranked").rewards == [0.5, 1.0]
 
 
 def test_messages_split_at_the_first_assistant_turn_and_end_with_the_last():
@@ -164,6 +188,14 @@ def test_tools_and_template_options():
         ("unpaired", {"prompt": "p", "completion": "c", "label": "good"}, "malformed"),
         ("ranked", {"prompt": "p", "completions": "abc"}, "malformed"),
         ("ranked", {"prompt": "p", "completions": ["a", "b"], "scores": [1]}, "malformed"),
+        ("ranked", {"prompt": "p", "completions": ["a", "b"], "scores": {"truth": [1]}}, "malformed"),
+        ("ranked", {"prompt": "p", "completions": ["a", "b"], "scores": {"truth": [1, None]}}, "malformed"),
+        ("ranked", {"prompt": "p", "completions": ["a", "b"], "scores": {"truth": [1, "high"]}}, "malformed"),
+        ("stepwise", {"prompt": "p", "completions": ["a", "b"], "labels": [True]}, "malformed"),
+        ("stepwise", {"prompt": "p", "completions": ["a", " "], "labels": [True, True]}, "malformed"),
+        ("stepwise", {"prompt": "p", "completions": ["a"], "labels": ["good"]}, "malformed"),
+        ("stepwise", {"prompt": "p", "completions": [], "labels": []}, "malformed"),
+        ("prompt_completion", {"prompt": "p", "completion": "a", "score": "high"}, "malformed"),
         ("messages", {"messages": "hello"}, "malformed"),
         ("messages", {"messages": [assistant("a")]}, "malformed"),
         ("messages", {"messages": [user("q")]}, "empty completion"),

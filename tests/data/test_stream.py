@@ -40,6 +40,14 @@ def test_an_epoch_sees_each_group_once_and_its_last_round_is_short():
     assert one.epoch == 2.0
 
 
+def test_rounds_foretell_what_all_ranks_will_take():
+    ranks = [stream(6, 4, rank=rank, size=2) for rank in range(2)]
+    foretold = [{group.id for group in groups} for groups in ranks[0].rounds(5)]
+    taken = [take(rank, 5) for rank in ranks]
+    assert foretold == [{*mine, *theirs} for mine, theirs in zip(*taken, strict=True)]
+    assert [len(ids) for ids in foretold] == [4, 4, 2, 4, 4]
+
+
 def test_another_seed_is_another_order():
     assert epoch_ids(stream(10)) == epoch_ids(stream(10))
     assert epoch_ids(stream(10)) != epoch_ids(stream(10, seed=1))
@@ -107,3 +115,64 @@ def test_preview_is_what_the_first_rounds_take() -> None:
         seen = [group.id for group in fresh.preview(rounds)]
         assert len(seen) == len(set(seen))
         assert set(seen) == taken
+
+
+def labelled_stream(counts, *, groups_per_round=4, rank=0, size=1, seed=0):
+    source = [
+        Group(id=f"{name}{i}", messages=[], prompt=[1], fields={"objective": name})
+        for name, count in counts.items()
+        for i in range(count)
+    ]
+    return Stream(
+        [source], [1.0], seed=seed, groups_per_round=groups_per_round, rank=rank, size=size, strata="objective"
+    )
+
+
+def kinds(rounds):
+    return [Counter(name[0] for name in ids) for ids in rounds]
+
+
+def test_equally_frequent_strata_come_equally_often_in_every_round():
+    one = labelled_stream({"a": 8, "b": 8, "c": 8}, groups_per_round=6)
+    first, second = take(one, 4), take(one, 4)
+    assert kinds([*first, *second]) == [Counter(a=2, b=2, c=2)] * 8
+    for epoch in (first, second):
+        assert len({name for ids in epoch for name in ids}) == 24, "each group once"
+    assert first != second
+
+
+def test_strata_of_other_sizes_come_in_their_proportion():
+    assert kinds(take(labelled_stream({"a": 12, "b": 4}), 4)) == [Counter(a=3, b=1)] * 4
+    uneven = kinds(take(labelled_stream({"a": 11, "b": 5}), 4))
+    assert {round["a"] for round in uneven} <= {2, 3}
+    assert sum(uneven, Counter()) == Counter(a=11, b=5)
+
+
+def test_strata_leave_out_no_group_where_a_round_is_too_small_for_all():
+    rounds = take(labelled_stream({"a": 3, "b": 3, "c": 3}, groups_per_round=2), 5)
+    assert [len(ids) for ids in rounds] == [2, 2, 2, 2, 1]
+    assert len({name for ids in rounds for name in ids}) == 9
+    assert all(len(kind) == len(ids) for kind, ids in zip(kinds(rounds), rounds, strict=True))
+
+
+def test_the_order_of_strata_knows_nothing_of_their_names():
+    first = take(labelled_stream({"a": 5, "b": 5}, groups_per_round=3), 4)
+    renamed = take(labelled_stream({"z": 5, "b": 5}, groups_per_round=3), 4)
+    assert [[name.replace("a", "z") for name in ids] for ids in first] == renamed
+
+
+def test_strata_are_those_of_the_round_at_any_world_size_and_after_a_resume():
+    counts = {"a": 6, "b": 4}
+    whole = labelled_stream(counts)
+    rounds = take(whole, 2)
+    state = whole.state_dict()
+    rounds += take(whole, 3)
+    parts = [labelled_stream(counts, rank=rank, size=3) for rank in range(3)]
+    for i, ids in enumerate(rounds):
+        assert [[group.id for group in part.take()] for part in parts] == [ids[0::3], ids[1::3], ids[2::3]], i
+    resumed = labelled_stream(counts)
+    resumed.load_state_dict(state)
+    assert take(resumed, 3) == rounds[2:]
+    fresh = labelled_stream(counts)
+    assert {group.id for group in fresh.preview(1)} == set(rounds[0])
+    assert [[group.id for group in groups] for groups in fresh.rounds(3)] == rounds[:3]

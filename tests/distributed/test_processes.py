@@ -81,7 +81,16 @@ class Launched:
             "rewards": [{"name": "length"}],
             "sampling": {"max_completion_length": 6},
         }
+        best = {
+            "data": held_out["data"],
+            "every_steps": 1,
+            "best_metric": "eval_rewards/accuracies",
+            "patience": 2,
+        }
+        fast = {"learning_rate": 3e-2, "save_total_limit": 1}
         return {
+            "best": self.recipe("best", eval=best, **fast),
+            "best-killed": self.recipe("best-killed", eval=best, **fast),
             "full": self.recipe("full"),
             "killed": self.recipe("killed"),
             "lora": self.recipe("lora", lora=LORA, max_steps=5),
@@ -156,6 +165,26 @@ def test_samples_do_not_depend_on_the_ranks(launched):
     lines = [json.loads(line) for line in two.read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 2, 4]
     assert lines == [json.loads(line) for line in one.read_text().splitlines()]
+
+
+def test_every_rank_agrees_on_the_best_and_on_the_end(launched):
+    first, second = launched.seen("best")
+    assert first == second
+    folder, alone = launched.folder / "best", launched.alone("best")
+    found = json.loads((folder / "best.json").read_text())
+    assert found == json.loads((alone / "best.json").read_text())
+    assert (found["value"], found["step"], found["last_step"], found["stopped_early"]) == (1.0, 3, 5, True)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-5"]
+    # Rounding moves weights in proportion to the learning rate, here 30 times that of the other runs.
+    assert weight_difference(folder / "best", alone / "best") <= 3e-5
+
+
+def test_killed_processes_remember_the_best(launched):
+    whole, killed = launched.folder / "best", launched.folder / "best-killed"
+    assert len(launched.seen("best-killed")) == 2
+    assert (killed / "best.json").read_bytes() == (whole / "best.json").read_bytes()
+    assert (digest(killed / "best"), digest(killed)) == (digest(whole / "best"), digest(whole))
+    assert comparable_metrics(killed) == comparable_metrics(whole)
 
 
 def test_checkpoint_holds_a_part_of_every_rank(launched):

@@ -55,19 +55,20 @@ def main(task: str, folder: Path) -> None:
         with signalled(6, signal.SIGKILL, (0, 1)):
             run("killed", folder)
 
-    for name in ("full", "lora", "lora-on", "eval"):
+    for name in ("full", "lora", "lora-on", "eval", "best"):
         result = run(name, folder)
         write_seen(folder, name, steps=result.steps, metrics=result.metrics)
 
     result = resume(folder / "killed", quiet=True, report=False)
     write_seen(folder, "resumed", steps=result.steps)
 
-    with killed_at(3):
-        try:
-            run("lora-killed", folder)
-        except Killed:
-            write_seen(folder, "lora-killed")
-    resume(folder / "lora-killed", quiet=True, report=False)
+    for name, step in (("lora-killed", 3), ("best-killed", 5)):
+        with killed_at(step):
+            try:
+                run(name, folder)
+            except Killed:
+                write_seen(folder, name)
+        resume(folder / name, quiet=True, report=False)
 
     with signalled(2, signal.SIGTERM, (1,)):
         try:

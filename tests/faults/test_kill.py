@@ -5,6 +5,7 @@ import signal
 import pytest
 
 from alignkit.core.rng import generator
+from alignkit.testing import digest
 from tests.faults import plants
 from tests.faults.bench import STEPS, VARIANTS, Runs, Whole, checkpoints, leftovers
 
@@ -34,6 +35,20 @@ def test_killed_while_writing_and_resumed_equals_unbroken(runs: Runs, whole: Who
     assert checkpoints(runs[name]) == [2, 4]
     assert leftovers(runs[name]) == ([] if fault is plants.kill_in_record else [".writing-checkpoint-6"])
     runs.resume_to(name, whole(variant))
+
+
+@pytest.mark.parametrize("fault", [plants.kill_in_checkpoint, plants.kill_in_model])
+def test_killed_while_writing_the_best_and_resumed_equals_unbroken(runs: Runs, fault) -> None:
+    settings = ("eval.best_metric=eval_loss", "train.save_total_limit=1", "train.save_steps=5")
+    code, said = runs.train(f"best-whole-{fault.__name__}", *settings)
+    assert code == 0, said
+    whole, name = runs[f"best-whole-{fault.__name__}"], f"best-{fault.__name__}"
+    code, said = runs.train(name, *settings, plant=(fault, 4))
+    assert code == -signal.SIGKILL, said
+    assert checkpoints(runs[name]) == [0]
+    runs.resume_to(name, whole)
+    assert digest(runs[name] / "best") == digest(whole / "best")
+    assert (runs[name] / "best.json").read_bytes() == (whole / "best.json").read_bytes()
 
 
 def test_killed_again_and_again_equals_unbroken(runs: Runs, whole: Whole) -> None:

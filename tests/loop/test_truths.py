@@ -209,8 +209,8 @@ def test_padded_rows_go_around_a_wrong_stream(recipe, monkeypatch: pytest.Monkey
 def test_wrong_head(recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     sound = alignkit.models.policy.choose_path
 
-    def choose(*arguments: Any) -> Any:
-        path = sound(*arguments)
+    def choose(*arguments: Any, **options: Any) -> Any:
+        path = sound(*arguments, **options)
         assert path.head is not None
         return replace(path, head=replace(path.head, scale=2.0))
 

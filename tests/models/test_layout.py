@@ -42,13 +42,13 @@ def told(inputs: Inputs) -> dict[str, list[int] | tuple[int, ...]]:
 PAIR = (row([1, 2, 3], [4, 5, 6]), row([1, 2, 3], [7, 8]))
 
 
-def test_padded_rows_are_fed_as_they_are() -> None:
+def test_padded_rows_are_fed_without_the_last_column_which_predicts_nothing() -> None:
     batch = rows(*PAIR)
     inputs = lay_out(batch, "padded", CPU)
     assert inputs.positions is None
     assert inputs.segments is None
-    assert torch.equal(inputs.tokens, batch.inputs["tokens"])
-    assert inputs.scored.tolist() == [2, 3, 4, 6 + 2, 6 + 3]
+    assert torch.equal(inputs.tokens, batch.inputs["tokens"][:, :-1])
+    assert inputs.scored.tolist() == [2, 3, 4, 5 + 2, 5 + 3]
 
 
 def test_packed_rows_stand_one_after_the_other_without_their_last_token() -> None:

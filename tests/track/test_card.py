@@ -16,6 +16,7 @@ def card_facts(**changes):
         "conversational": False,
         "versions": {"alignkit": "0.1.0", "torch": "2.13.0"},
         "metrics": {"loss": 0.31, "eval_rewards/accuracies": 0.97},
+        "best": None,
         **changes,
     }
 
@@ -44,6 +45,16 @@ def test_the_card_tells_how_the_model_was_made(tmp_path):
     assert "Reference: Rafailov et al. 2023, arXiv 2305.18290." in body
     assert "| eval_rewards/accuracies | 0.97 |" in body
     assert "- torch 2.13.0" in body
+
+
+def test_the_card_tells_which_weights_lie_where(tmp_path):
+    best = {"metric": "eval_loss", "mode": "min", "value": 0.31, "step": 20, "last_step": 40, "stopped_early": True}
+    _, body = parts(write_card(tmp_path, card_facts(best=best)))
+    assert "of the last step, 40, where training stopped early. The folder `best` holds those of step 20" in body
+    assert "`eval_loss` was best: 0.31." in body
+    _, body = parts(write_card(tmp_path, card_facts(best={**best, "step": 40, "stopped_early": False})))
+    assert "`best` hold the weights of the last step, 40; there `eval_loss` was best: 0.31." in body
+    assert "`best`" not in parts(write_card(tmp_path, card_facts()))[1]
 
 
 def test_an_adapter_is_loaded_through_peft(tmp_path):

@@ -207,6 +207,35 @@ def test_verdict_falls_back_to_training_and_then_to_a_sentence(run_dir):
     assert "no change to report" in verdict(read_run(run_dir), None)
 
 
+def test_the_page_tells_of_the_best_weights(run_dir):
+    assert "in best/" not in write_report([run_dir]).read_text()
+    best = {
+        "metric": "eval_rewards/accuracies",
+        "mode": "min",
+        "value": 0.52,
+        "step": 0,
+        "last_step": 30,
+        "stopped_early": True,
+    }
+    (run_dir / "best.json").write_text(json.dumps(best))
+    page = write_report([run_dir]).read_text()
+    checked(page)
+    assert "Best eval_rewards/accuracies 0.52 at step 0: the weights are in best/. This folder holds those of" in page
+    assert "of step 30, where the run stopped early." in page
+    # the recipe's own idea of better is shown, whatever the name says
+    held_out = re.search(r"<td>held out</td>.*?</tr>", page[page.index('<th scope="row">rewards/accuracies</th>') :])
+    assert "0.52 (step 0)" in held_out.group()
+    (run_dir / "best.json").write_text(json.dumps({**best, "step": 30, "stopped_early": False}))
+    page = write_report([run_dir]).read_text()
+    assert "at step 30, where the run ended: best/ and this folder hold the same weights." in page
+
+
+def test_verdict_names_the_chosen_answers_as_opponents(run_dir):
+    with (run_dir / "recipe.resolved.yaml").open("a") as file:
+        file.write("eval:\n  opponent: chosen\n")
+    assert verdict(read_run(run_dir), None).endswith("win rate 0.9086 against the data's chosen answers")
+
+
 @pytest.mark.parametrize(
     ("metric", "direction"),
     [
