@@ -33,7 +33,9 @@ class StyleTask:
             },
         )
 
-    def prefer(self, name: str, algorithm: dict[str, Any], *, swapped: float = 0.0) -> Path:
+    def prefer(
+        self, name: str, algorithm: dict[str, Any], *, swapped: float = 0.0, learning_rate: float = 2e-4
+    ) -> Path:
         """150 steps of 32 pairs out of 512 that prefer style U; evaluated on clean held-out pairs."""
         prompts = toys.style_prompts(self.seed, "pairs", NUM_PAIRS, without=self.held_out)
         pairs = toys.style_pairs(self.seed, prompts, swapped=swapped)
@@ -45,7 +47,7 @@ class StyleTask:
                 "model": {"name_or_path": str(self.start), "dtype": "float32"},
                 "data": [{"path": str(data)}],
                 "algorithm": algorithm,
-                "train": _train(max_steps=150, batch_size=32, learning_rate=2e-4),
+                "train": _train(max_steps=150, batch_size=32, learning_rate=learning_rate),
                 "eval": {"data": [{"path": str(clean)}]},
             },
         )

@@ -45,3 +45,37 @@ def test_shares_count_what_a_person_would():
     prompts, answers = ["abcd:"] * 4, ["ABCD", "abcd", "ABCC", "AbCD"]
     assert toys.upper_share(prompts, answers) == 0.5
     assert toys.valid_share(prompts, answers) == 0.5
+
+
+def test_counting_starts_low_and_counts_what_a_person_would():
+    rows = toys.count_warm_up(0, 2000)
+    assert {row["prompt"] for row in rows} == set("0123456789")
+    assert {len(row["completion"]) for row in rows} == {8}
+    mean = sum(toys.count_reward(row["prompt"], row["completion"]) for row in rows) / len(rows)
+    assert 0.32 < mean < 0.36
+    assert toys.count_reward("3", "33330000") == 0.5
+    assert toys.count_reward("3", "333") == 3 / 8
+    assert toys.count_reward("3", "3333333333000000") == 10 / 16
+    assert toys.count_reward("3", "") == 0.0
+
+
+def test_ranks_are_wrong_where_scores_are_near():
+    rows = [toys.counted({"scores": [0.25, 0.375, 0.5, 1.0]})] * 500
+    assert rows[0]["scores"] == [2, 3, 4, 8]
+    ranks = [row["ranks"] for row in toys.misranked(0, rows)]
+    assert all(sorted(row) == [1, 2, 3, 4] for row in ranks)
+    turned = {gap: sum(row[i] < row[j] for row in ranks) / 500 for gap, i, j in ((1, 0, 1), (2, 0, 2), (6, 0, 3))}
+    assert 0.3 < turned[1] < 0.45
+    assert 0.2 < turned[2] < 0.32
+    assert turned[6] < 0.06
+
+
+def test_pairs_under_a_goal_are_scored_by_what_they_hold():
+    pairs = toys.goal_pairs(0, "pairs", 300)
+    assert len(pairs) == 300
+    for pair in pairs:
+        assert len(pair["chosen"]) == len(pair["rejected"]) == 8
+        assert pair["chosen"].count("1") == pair["score_chosen"] > pair["score_rejected"]
+        assert pair["rejected"].count("1") == pair["score_rejected"]
+    assert {pair["score_chosen"] for pair in pairs} == set(range(1, 9))
+    assert {pair["prompt"] for pair in pairs} == {f"{letter}:" for letter in toys.GOAL_LETTERS}

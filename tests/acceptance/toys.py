@@ -4,10 +4,11 @@ Everything is drawn by key, so a seed means the same model and the same rows on 
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from random import Random
-from string import ascii_lowercase, ascii_uppercase
+from string import ascii_lowercase, ascii_uppercase, digits
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -17,13 +18,25 @@ from alignkit.core.rng import generator, key
 
 SPECIAL = ["<pad>", "<s>", "</s>"]
 SYMBOLS = [*ascii_lowercase, *ascii_uppercase, ":", " "]
+COUNT_LENGTH, COUNT_CHANCES = 8, (0.34, 0.42, 0.24)
+"""Task T2: symbols of an answer, and how likely each is the digit, the next one or the one after that in the warm-up.
+
+The others' mean log-probability, (0.42·ln 0.42 + 0.24·ln 0.24) / 0.66, is that of the digit, ln 0.34, to within a
+hundredth: to begin with, likelihood says nothing of the reward.
+"""
+
+RANKING_ERROR = 2.25
+"""Task T2 with wrong ranks: standard error, in symbols, of what a ranker sees; near 30 % of the pairs are turned."""
+GOAL_LETTERS = ascii_lowercase[:10]
+"""Task R: prompts."""
 
 Rows = list[dict[str, str]]
+T = TypeVar("T")
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, 57 in all, no token in front."""
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *SYMBOLS])}
+def tiny_tokenizer(symbols: Sequence[str] = SYMBOLS) -> PreTrainedTokenizerFast:
+    """One token a character, 57 in all unless others are named, no token in front."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *symbols])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -37,14 +50,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(seed: int) -> LlamaForCausalLM:
+def tiny_model(seed: int, symbols: Sequence[str] = SYMBOLS) -> LlamaForCausalLM:
     """TinyLM: two layers of width 64 with two heads, context 64, about 0.14 million weights, drawn as torch draws them.
 
     The scale matters: from the ten times smaller weights that transformers draws, the rate of the experiments is so
     large that DPO destroys the answers whatever its β.
     """
     config = LlamaConfig(
-        vocab_size=len(SPECIAL) + len(SYMBOLS),
+        vocab_size=len(SPECIAL) + len(symbols),
         hidden_size=64,
         intermediate_size=256,
         num_hidden_layers=2,
@@ -63,10 +76,10 @@ def tiny_model(seed: int) -> LlamaForCausalLM:
         return model
 
 
-def write_model(folder: Path, seed: int) -> Path:
+def write_model(folder: Path, seed: int, symbols: Sequence[str] = SYMBOLS) -> Path:
     """The tiny model and its tokenizer as a folder that plain transformers loads."""
-    tiny_model(seed).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    tiny_model(seed, symbols).save_pretrained(folder)
+    tiny_tokenizer(symbols).save_pretrained(folder)
     return folder
 
 
@@ -124,10 +137,61 @@ def valid_share(prompts: list[str], answers: list[str]) -> float:
     )
 
 
+def count_warm_up(seed: int, count: int) -> Rows:
+    """Task T2: a digit, answered by eight symbols drawn from it and the two digits after it, 0 following 9."""
+    rng, rows = generator(seed, "count", "warm-up"), []
+    for i in range(count):
+        near = [digits[(i + step) % len(digits)] for step in range(len(COUNT_CHANCES))]
+        answer = "".join(rng.choices(near, COUNT_CHANCES, k=COUNT_LENGTH))
+        rows.append({"prompt": near[0], "completion": answer})
+    return rows
+
+
+def count_reward(prompt: str, answer: str) -> float:
+    """Symbols equal to the digit, as a share of eight or of all there are, whichever is more; 0 to 1."""
+    return answer.count(prompt) / max(COUNT_LENGTH, len(answer))
+
+
+def counted(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A scored list of T2 with symbols in place of shares: scores of 0 to 8."""
+    return {**row, "scores": [COUNT_LENGTH * score for score in row["scores"]]}
+
+
+def misranked(seed: int, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The lists with `ranks` by scores that a normal error of `RANKING_ERROR` is added to: near ones are confused."""
+    rng, ranked = generator(seed, "count", "ranks"), []
+    for row in rows:
+        seen = [score + rng.gauss(0, RANKING_ERROR) for score in row["scores"]]
+        ranked.append({**row, "ranks": [1 + sum(other > mine for other in seen) for mine in seen]})
+    return ranked
+
+
+def goal_rows(seed: int, purpose: str, count: int) -> Rows:
+    """Task R: a letter, answered by eight symbols of which some are `1`: how many is anything from 0 to 8."""
+    rng, rows = generator(seed, "goal", purpose), []
+    for _ in range(count):
+        ones = rng.randint(0, COUNT_LENGTH)
+        symbols = ["1"] * ones + rng.choices(digits.replace("1", ""), k=COUNT_LENGTH - ones)
+        rows.append({"prompt": f"{rng.choice(GOAL_LETTERS)}:", "completion": "".join(shuffled(symbols, rng))})
+    return rows
+
+
+def goal_pairs(seed: int, purpose: str, count: int) -> list[dict[str, Any]]:
+    """Two answers of task R to one prompt, the one with more `1` chosen; how many is their score."""
+    answers, pairs = iter(goal_rows(seed, purpose, 4 * count)), []
+    while len(pairs) < count:
+        first, second = sorted((next(answers), next(answers)), key=lambda row: -row["completion"].count("1"))
+        scores = {"score_chosen": first["completion"].count("1"), "score_rejected": second["completion"].count("1")}
+        if scores["score_chosen"] > scores["score_rejected"]:
+            answered = {"chosen": first["completion"], "rejected": second["completion"]}
+            pairs.append({"prompt": first["prompt"], **answered, **scores})
+    return pairs
+
+
 def _share(holds: Callable[[str, str], bool], prompts: list[str], answers: list[str]) -> float:
     return sum(holds(p, a) for p, a in zip(prompts, answers, strict=True)) / len(prompts)
 
 
-def shuffled(values: list[bool], rng: Random) -> list[bool]:
+def shuffled(values: list[T], rng: Random) -> list[T]:
     """A shuffled copy."""
     return rng.sample(values, len(values))
