@@ -8,10 +8,10 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENI
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format acceptance clean
+.PHONY: help quickstart test lint format acceptance recipes-page clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: $(VENV)/.installed  ## set up, build a tiny model, align it, say where the report lies
 	$(BIN)/alignkit quickstart
@@ -31,6 +31,9 @@ format: $(VENV)/.installed-dev  ## repair style where a tool can
 
 acceptance: $(VENV)/.installed-dev  ## every method's experiments on three seeds; updates docs/acceptance.md
 	$(TEST_ENV) $(BIN)/python scripts/acceptance.py --write
+
+recipes-page: $(VENV)/.installed-dev  ## write recipes/README.md anew
+	$(BIN)/python scripts/recipes_page.py
 
 clean:  ## remove the environment, caches and build outputs; runs stay
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from pydantic_core import PydanticUndefined
 from alignkit import cli, load_recipe, train
 from alignkit.core import Config, RecipeError, register
 from alignkit.core.reading import type_scalar
+from alignkit.data.foreign import LAYOUTS
+from alignkit.data.lint import CHECKS
 from alignkit.data.report import CHANGED, DROPPED
 from alignkit.data.shapes import SHAPES
 from alignkit.recipe import Recipe
@@ -137,6 +140,13 @@ def test_every_method_is_in_the_readme() -> None:
     assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == ours
 
 
+def test_the_page_of_recipes_is_made_from_what_there_is() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "recipes_page.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "recipes/README.md is up to date\n"), done.stderr
+
+
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 def test_links_and_paths_lead_somewhere(page: Path) -> None:
     text = BLOCK.sub("", page.read_text(encoding="utf-8"))
@@ -205,7 +215,7 @@ def test_every_key_stands_in_the_table_with_its_default() -> None:
 def test_every_shape_and_every_reason_is_explained() -> None:
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     first_cells = set(re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE))
-    assert first_cells == {*SHAPES, *DROPPED, *CHANGED}
+    assert first_cells == {*SHAPES, *LAYOUTS, *DROPPED, *CHANGED, *CHECKS}
 
 
 def test_quoted_messages_are_said_by_the_code() -> None:
