@@ -24,6 +24,7 @@ from alignkit.core.contracts import Algorithm
 from alignkit.core.errors import AlignkitError, DataError, EnvironmentProblem, RecipeError, RunFailed
 from alignkit.core.types import Group, Message
 from alignkit.data.groups import load_groups
+from alignkit.data.operations import build_operation
 from alignkit.data.shapes import BadRow, Example
 from alignkit.dist.engine import DistEngine, launched_rank
 from alignkit.loop.checkpoint import disk_problem, find_fault, is_disk_problem
@@ -479,6 +480,13 @@ def _finish(recipe: Recipe, folder: Path, run: Assembled, console: Console, with
                 versions=_versions(),
                 metrics={k: v for k, v in metrics.items() if k not in BOOKKEEPING},
                 best=best,
+                heads=trainer.policy.heads,
+                notes=[
+                    note
+                    for entry in recipe.data
+                    for operation in entry.operations
+                    if (note := build_operation(operation).note())
+                ],
             ),
         )
         report = write_report([folder]) if with_report else None

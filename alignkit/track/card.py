@@ -9,7 +9,15 @@ from typing import Any, TypedDict
 
 import yaml
 
+from alignkit.core.contracts import Heads
 from alignkit.track.text import number
+
+TASKS = {
+    "language": ("CausalLM", "text-generation"),
+    "sequence": ("SequenceClassification", "text-classification"),
+    "token": ("TokenClassification", "token-classification"),
+}
+"""Kind of heads → what transformers' class is called after, and the hub's name of what the model does."""
 
 
 class CardFacts(TypedDict):
@@ -18,7 +26,8 @@ class CardFacts(TypedDict):
     `base_model` is a hub id or a folder, `datasets` are the `path`s of the recipe's data, `peft` says that the folder
     holds an adapter, `conversational` that the model was trained through its chat template. `paper` is the method's
     reference in one line, `versions` package → version, `metrics` the last logged values. `best` is what best.json
-    says of the weights in the folder `best`, None where there is none.
+    says of the weights in the folder `best`, None where there is none. `heads` are the policy's, `notes` what whoever
+    uses the model must know of its data, a paragraph each.
     """
 
     base_model: str
@@ -30,6 +39,8 @@ class CardFacts(TypedDict):
     versions: Mapping[str, str]
     metrics: Mapping[str, float]
     best: Mapping[str, Any] | None
+    heads: Heads
+    notes: Sequence[str]
 
 
 def write_card(run_dir: Path, facts: CardFacts) -> Path:
@@ -42,6 +53,8 @@ def write_card(run_dir: Path, facts: CardFacts) -> Path:
         _origin(facts),
         "## Quick start",
         f"```python\n{_quick_start(facts)}\n```",
+        *facts["notes"],
+        *_about_heads(facts["heads"]),
         "## Training procedure",
         _procedure(facts),
         *([_best(facts["best"])] if facts["best"] is not None else []),
@@ -71,7 +84,7 @@ def _front_matter(name: str, facts: CardFacts) -> dict[str, Any]:
         "library_name": "peft" if facts["peft"] else "transformers",
         "model_name": name,
         "tags": ["generated_from_trainer", "alignkit", facts["algorithm"]],
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": TASKS[facts["heads"].kind][1],
     }
 
 
@@ -87,33 +100,60 @@ def _origin(facts: CardFacts) -> str:
 
 
 def _quick_start(facts: CardFacts) -> str:
-    loader = "AutoPeftModelForCausalLM" if facts["peft"] else "AutoModelForCausalLM"
+    heads = facts["heads"]
+    library, prefix = ("peft", "AutoPeftModelFor") if facts["peft"] else ("transformers", "AutoModelFor")
+    loader = "AutoModel" if heads.hidden else prefix + TASKS[heads.kind][0]
+    place = "member-0" if heads.members > 1 else "."
     lines = [
-        "from peft import AutoPeftModelForCausalLM"
-        if facts["peft"]
-        else "from transformers import AutoModelForCausalLM",
+        f"from {library} import {loader}",
         "from transformers import AutoTokenizer",
         "",
-        'folder = "."  # this folder, or the model\'s id on the hub',
+        f'folder = "{place}"  # this folder, or the model\'s id on the hub'
+        if heads.members == 1
+        else f'folder = "{place}"  # the first of {heads.members} models',
         f"model = {loader}.from_pretrained(folder)",
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
     ]
     if facts["conversational"]:
+        answer = [] if heads.is_language else ['    {"role": "assistant", "content": "Once upon a time, …"},']
+        end = "add_generation_prompt=True, " if heads.is_language else ""
         lines += [
-            'messages = [{"role": "user", "content": "Tell me a story."}]',
-            "inputs = tokenizer.apply_chat_template(",
-            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
-            ")",
+            "messages = [",
+            '    {"role": "user", "content": "Tell me a story."},',
+            *answer,
+            "]",
+            f'inputs = tokenizer.apply_chat_template(messages, {end}return_dict=True, return_tensors="pt")',
         ]
-    else:
+    elif heads.is_language:
         lines.append('inputs = tokenizer("Once upon a time", return_tensors="pt")')
-    return "\n".join(
-        [
-            *lines,
+    else:
+        lines.append('inputs = tokenizer("Once upon a time, …" + tokenizer.eos_token, return_tensors="pt")')
+    if heads.is_language:
+        lines += [
             "output = model.generate(**inputs, max_new_tokens=128, do_sample=True)",
             'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
         ]
-    )
+    else:
+        lines.append("print(model(**inputs).last_hidden_state)" if heads.hidden else "print(model(**inputs).logits)")
+    return "\n".join(lines)
+
+
+def _about_heads(heads: Heads) -> list[str]:
+    """What is not seen from the weights that plain transformers loads."""
+    names = ", ".join(f"`{name}`" for name in heads.names)
+    if heads.is_language and heads.names:
+        return [
+            f"The output layer is the even mixture of the heads {names}; each by itself is in `heads.safetensors`. "
+            "`alignkit export` writes the model with another mixture."
+        ]
+    if heads.hidden:
+        return [
+            f"The score layer (hidden → ReLU → {names}) is in `heads.safetensors`: `inner` and `outer`, applied to "
+            "the last hidden state in float32."
+        ]
+    several = f"The {heads.members} models are in folders of their own; the score is their mean. "
+    scores = f"It scores {names}" + (", read at the last token." if heads.kind == "sequence" else " at every token.")
+    return [] if heads.is_language else [(several if heads.members > 1 else "") + scores]
 
 
 def _procedure(facts: CardFacts) -> str:

@@ -14,9 +14,9 @@ from tests.acceptance.bench import Bench, Figure, method
 
 NUM_WARM_UP, NUM_PAIRS, NUM_HELD_OUT, STEPS = 12_800, 2_000, 200, 120
 GOALS, SAMPLES_A_LETTER = (2, 4, 6, 8), 40
-DPO = {"name": "dpo", "beta": 0.3, "label_smoothing": 0.2}
-"""Smoothed as the authors smooth two of their models: without it, at β = 0.1, DPO makes all answers unlikely in the
-end, under a goal too."""
+DPO = {"name": "dpo", "beta": 0.1, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}
+"""Of both runs. A difference alone, smoothed or not, makes all of these short answers unlikely in the end, under a goal
+too: then the best goal stays behind plain DPO."""
 OPERATION = {
     "name": "reward_augment",
     "placement": "user_prefix",

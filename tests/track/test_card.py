@@ -3,6 +3,7 @@ import ast
 import pytest
 import yaml
 
+from alignkit.core.contracts import Heads
 from alignkit.track.card import is_hub_id, write_card
 
 
@@ -17,6 +18,8 @@ def card_facts(**changes):
         "versions": {"alignkit": "0.1.0", "torch": "2.13.0"},
         "metrics": {"loss": 0.31, "eval_rewards/accuracies": 0.97},
         "best": None,
+        "heads": Heads(),
+        "notes": [],
         **changes,
     }
 
@@ -121,3 +124,32 @@ def test_hub_ids(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "pairs").touch()
     assert not is_hub_id("data/pairs")
+
+
+@pytest.mark.parametrize(
+    ("heads", "loader", "told"),
+    [
+        (Heads("sequence", ("reward",)), "AutoModelForSequenceClassification", "It scores `reward`, read"),
+        (Heads("sequence", ("a", "b")), "AutoPeftModelForSequenceClassification", "It scores `a`, `b`, read"),
+        (Heads("token", ("bad", "good")), "AutoModelForTokenClassification", "`good` at every token"),
+        (Heads("token", ("value",), hidden=True), "AutoModel", "hidden → ReLU → `value`"),
+        (Heads("sequence", ("reward",), members=3), "AutoModelForSequenceClassification", "The 3 models"),
+    ],
+)
+@pytest.mark.parametrize("conversational", [True, False])
+def test_the_card_of_a_reward_model_scores(tmp_path, heads, loader, told, conversational):
+    facts = card_facts(heads=heads, peft="Peft" in loader, conversational=conversational)
+    front, body = parts(write_card(tmp_path, facts))
+    code = quick_start(body)
+    ast.parse(code)
+    assert f"import {loader}\n" in code
+    assert "generate" not in code
+    assert ('folder = "member-0"' in code) == (heads.members > 1)
+    assert front["pipeline_tag"] == ("text" if heads.kind == "sequence" else "token") + "-classification"
+    assert told in body
+
+
+def test_the_card_tells_of_heads_and_of_what_prompts_must_hold(tmp_path):
+    _, body = parts(write_card(tmp_path, card_facts(heads=Heads(names=("short", "kind")), notes=["Ask for a 10."])))
+    assert "the even mixture of the heads `short`, `kind`" in body
+    assert "Ask for a 10." in body

@@ -54,6 +54,10 @@ class Operation(ABC, Generic[ConfigT]):
     def apply(self, item: Item) -> list[Item]:
         """The rows that take the place of one. Raises BadRow where it cannot be used, and is counted in the report."""
 
+    def note(self) -> str:
+        """What the model card says of rows that went through it; empty = nothing."""
+        return ""
+
 
 def find_operation(name: str) -> Entry:
     """The registered operation of that name, entry point or 'module:Class'. Raises RecipeError."""

@@ -78,6 +78,15 @@ class RewardAugment(Operation[RewardAugmentConfig]):
         pairs = combinations(self._ranking(item), 2)
         return [side for better, worse in pairs for side in self._pair(item, better, worse)]
 
+    def note(self) -> str:
+        """How to ask for the best answers."""
+        best, where = self.config.highest if self.config.goal is None else self.config.goal, self.config.placement
+        place = "as system turn" if where == "system" else "before the first user turn, or the text"
+        return (
+            "It was trained with a target score in its prompts and answers as well as it is asked to. Ask for the best "
+            f"answers with this text {place}:\n\n```text\n{self.goal_text(best)}\n```"
+        )
+
     def goal_text(self, goal: float) -> str:
         """The goal in words; a pure function of it."""
         numbers = {"goal": goal, "lowest": self.config.lowest, "highest": self.config.highest}
