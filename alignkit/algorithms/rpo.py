@@ -74,10 +74,10 @@ class RPO(Algorithm[RPOConfig]):
         return [best_worst(group) for group in groups]
 
     def annotate(self, batch: Batch, world: World) -> Batch:
-        """For `token_mean` the tokens of chosen answers as a column, and their mean number, which is the batch's."""
-        if self.config.sft_normalization != "token_mean":
-            return batch
+        """The tokens of chosen answers, and for `token_mean` their mean number, which is the batch's."""
         chosen = chosen_tokens(batch)
+        if self.config.sft_normalization != "token_mean":
+            return batch.with_columns({"chosen": chosen})
         lengths = batch.by_unit(chosen.sum(-1)).sum(1).double()
         mean = world.mean(lengths, batch["unit"])
         return batch.with_columns({"chosen": chosen, "chosen_length": torch.full_like(lengths, float(mean))})
@@ -93,6 +93,7 @@ class RPO(Algorithm[RPOConfig]):
         if imitation.weight > 0:  # not 0 · term: at η = 0 loss and gradient are DPO's to the last bit
             terms["sft"] = imitation
         metrics = pair_metrics(batch, chosen, rejected, ref_chosen, ref_rejected, beta)
+        metrics["nll_loss"] = Metric.mean(-out.logps, batch["chosen"])
         metrics["rpo/sft_term"] = Metric.mean(imitation.weight * imitation.value, batch[imitation.over])
         metrics["rpo/grad_share_sft"] = self._sft_share(batch, margin.detach(), lengths)
         return terms, metrics

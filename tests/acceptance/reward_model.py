@@ -6,13 +6,19 @@ from pathlib import Path
 from string import ascii_lowercase, digits
 from typing import Any
 
-from alignkit.core.rng import generator
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from alignkit.core.rng import generator, key
 from tests.acceptance import toys
 from tests.acceptance.bench import Bench, Figure, method
 
-NUM_PAIRS, NUM_HELD_OUT = 2048, 2000
-NOISE = [(0.2, 0.08, 768, 24), (0.4, 0.15, 2304, 10)]
+NUM_PAIRS, NUM_HELD_OUT, NUM_CLEAR_HELD_OUT = 3072, 2000, 1000
+NOISE = [(0.2, 0.08, 768, 24), (0.4, 0.15, 1536, 14)]
 """Share of turned pairs, what two models must gain on them, and how many pairs are seen how often."""
+WORD_LENGTH, CLEARLY = 6, 3.0
+"""Letters of a word whose judgement may be turned, and by how much the worthier is worth more: near 0.6 deviations of a
+difference. Nobody can tell which of two nearly equal words was turned, and pairs of them hide what choosing does."""
 NUM_CHAINS, CHAIN_STEPS = 2048, 4
 CHAIN_SYMBOLS = [*digits, "+", "=", "\n\n"]
 
@@ -46,15 +52,18 @@ def drawn_pairs(seed: int, purpose: str, count: int) -> list[dict[str, object]]:
 
 
 def worth_pairs(seed: int, purpose: str, count: int, *, turned: float = 0.0) -> list[dict[str, object]]:
-    """Pairs of words of which the worthier is chosen; an exact share `turned` is the other way round."""
-    draw = generator(seed, "reward model", purpose, "turned")
-    some = toys.shuffled([i < round(turned * count) for i in range(count)], draw)
-    found: list[dict[str, object]] = []
-    drawn = words(seed, purpose, 2 * count)
-    for a, b, is_turned in zip(drawn[::2], drawn[1::2], some, strict=True):
-        best, worst = (a, b) if word_worth(seed, a) >= word_worth(seed, b) else (b, a)
-        chosen, rejected = (worst, best) if is_turned else (best, worst)
-        found.append({"prompt": ":", "chosen": chosen, "rejected": rejected, "is_noisy": is_turned})
+    """Pairs of words of which the clearly worthier is chosen; an exact share `turned` is the other way round."""
+    draw = generator(seed, "reward model", purpose)
+    which = generator(seed, "reward model", purpose, "turned")
+    some = iter(toys.shuffled([i < round(turned * count) for i in range(count)], which))
+    worth, found = letter_worth(seed), list[dict[str, object]]()
+    while len(found) < count:
+        pair = ["".join(draw.choices(ascii_lowercase, k=WORD_LENGTH)) for _ in range(2)]
+        worst, best = sorted(pair, key=lambda word: sum(worth[letter] for letter in word))
+        if sum(worth[letter] for letter in best) - sum(worth[letter] for letter in worst) >= CLEARLY:
+            is_turned = next(some)
+            chosen, rejected = (worst, best) if is_turned else (best, worst)
+            found.append({"prompt": ":", "chosen": chosen, "rejected": rejected, "is_noisy": is_turned})
     return found
 
 
@@ -86,6 +95,30 @@ def chains(seed: int, purpose: str, count: int) -> list[dict[str, object]]:
             value = result
         rows.append({"prompt": prompt, "completions": steps, "labels": [t < wrong_at for t in range(CHAIN_STEPS)]})
     return rows
+
+
+def write_small_model(folder: Path, seed: int) -> Path:
+    """The tiny model with one layer of width 32: it learns what letters are worth before it knows pairs by heart."""
+    config = LlamaConfig(
+        vocab_size=len(toys.SPECIAL) + len(toys.SYMBOLS),
+        hidden_size=32,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(seed, "small model") % 2**32)
+        model = LlamaForCausalLM(config)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+                module.reset_parameters()
+    model.save_pretrained(folder)
+    toys.tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 class RewardTask:
@@ -151,14 +184,15 @@ def pairs(bench: Bench) -> list[Figure]:
 def noise(bench: Bench) -> list[Figure]:
     """Two models that choose each other's pairs against one that takes them all."""
     task, figures = RewardTask(bench), []
-    held_out = worth_pairs(bench.seed, "held-out", NUM_HELD_OUT)
+    model = write_small_model(bench.folder / "small-start", bench.seed)
+    held_out = worth_pairs(bench.seed, "held-out", NUM_CLEAR_HELD_OUT)
     for turned, gain, count, epochs in NOISE:
         percent = round(100 * turned)
         rows = worth_pairs(bench.seed, "noisy", count, turned=turned)
-        length = {"num_epochs": epochs, "lr_scheduler": "constant"}
-        plain = task.learn(f"rm-plain-{percent}", {}, rows, held_out, **length)
-        keys = {"collaborative": {"noise_rate": turned, "warmup_steps": 60}}
-        pair = task.learn(f"rm-collaborative-{percent}", keys, rows, held_out, **length)
+        length = {"num_epochs": epochs, "lr_scheduler": "constant", "learning_rate": 3e-3}
+        plain = task.learn(f"rm-plain-{percent}", {}, rows, held_out, model, **length)
+        keys = {"collaborative": {"noise_rate": turned, "warmup_steps": 100}}
+        pair = task.learn(f"rm-collaborative-{percent}", keys, rows, held_out, model, **length)
         accuracy, alone = pair["eval_rewards/accuracies"], plain["eval_rewards/accuracies"]
         figures += [
             Figure(f"{percent} % turned: accuracy of one model", alone),

@@ -11,6 +11,7 @@ def test_an_exact_share_of_pairs_is_turned(turned):
     for row in task.worth_pairs(0, "pairs", 50, turned=turned):
         chosen, rejected = (sum(worth[letter] for letter in str(row[side])) for side in ("chosen", "rejected"))
         assert (chosen < rejected) is row["is_noisy"]
+        assert abs(chosen - rejected) >= task.CLEARLY
     assert sum(bool(row["is_noisy"]) for row in task.worth_pairs(0, "pairs", 50, turned=turned)) == round(50 * turned)
 
 

@@ -131,7 +131,8 @@ def test_both_means_agree_where_chosen_answers_are_equally_long(pairs):
 
 def test_pairs_that_are_right_by_far_are_only_imitated():
     _, out, batch = sums_batch([-2.0], [-900.0], [-2.0], [-5.0])
-    terms, metrics = rpo("seq_mean", 0.4, beta=1.0).loss(out, batch)
+    algorithm = rpo("seq_mean", 0.4, beta=1.0)
+    terms, metrics = algorithm.loss(out, algorithm.annotate(batch, LocalWorld()))
     assert reduce_terms(terms, batch).item() == pytest.approx(0.8, rel=1e-12)
     assert averages(metrics)["rpo/grad_share_sft"] == pytest.approx(1.0)
 
@@ -210,7 +211,7 @@ def test_golden_numbers_of_the_summed_term(name, dtype, tolerance):
 
     close = {"rtol": tolerance, "atol": tolerance}
     out, batch = pair_batch(policy, reference, torch.ones_like(policy))
-    terms, _ = algorithm.loss(out, batch)
+    terms, _ = algorithm.loss(out, algorithm.annotate(batch, LocalWorld()))
     each = torch.stack([term.weight * term.value for term in terms.values()]).sum(0)
     torch.testing.assert_close(each, torch.tensor(expected["per_sample_loss"], dtype=dtype), **close)
     torch.testing.assert_close(loss, torch.tensor(expected["loss"], dtype=dtype), **close)

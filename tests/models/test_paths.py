@@ -172,7 +172,7 @@ def test_attention_that_lies_is_found_out(monkeypatch):
     found = tried(build("llama"))
     assert (found.path.layout, found.path.head is not None) == ("padded", True)
     assert len(found.path.why) == 1
-    assert found.path.why[0].startswith("at first use it gave other log-probabilities than plain transformers, by ")
+    assert found.path.why[0].startswith("at first use it gave other numbers than plain transformers, by ")
     assert_answers_as_padded(found)
     for layout in ("packed", "prefix_shared"):
         with pytest.raises(RecipeError, match=rf"model\.layout: {layout} .* at first use it gave other"):
@@ -210,7 +210,7 @@ def test_a_head_that_does_more_than_its_weights_say():
     model.lm_head.register_forward_hook(lambda _, __, logits: logits / 2)
     found = tried(model)
     assert (found.path.layout, found.path.head) == ("prefix_shared", None)
-    assert found.path.why[-1].startswith("at first use it gave other log-probabilities than plain transformers, by ")
+    assert found.path.why[-1].startswith("at first use it gave other numbers than plain transformers, by ")
     assert_answers_as_padded(found)
 
 
