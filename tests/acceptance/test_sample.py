@@ -1,4 +1,4 @@
-"""One seed of some acceptance experiments, so that what stopped working is noticed before `make acceptance` runs all."""
+"""One seed of some acceptance experiments: what stopped working is noticed before `make acceptance` runs all."""
 
 import pytest
 
