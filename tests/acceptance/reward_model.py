@@ -6,10 +6,7 @@ from pathlib import Path
 from string import ascii_lowercase, digits
 from typing import Any
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from alignkit.core.rng import generator, key
+from alignkit.core.rng import generator
 from tests.acceptance import toys
 from tests.acceptance.bench import Bench, Figure, method
 
@@ -97,30 +94,6 @@ def chains(seed: int, purpose: str, count: int) -> list[dict[str, object]]:
     return rows
 
 
-def write_small_model(folder: Path, seed: int) -> Path:
-    """The tiny model with one layer of width 32: it learns what letters are worth before it knows pairs by heart."""
-    config = LlamaConfig(
-        vocab_size=len(toys.SPECIAL) + len(toys.SYMBOLS),
-        hidden_size=32,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(seed, "small model") % 2**32)
-        model = LlamaForCausalLM(config)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
-                module.reset_parameters()
-    model.save_pretrained(folder)
-    toys.tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
 class RewardTask:
     """Runs of the tiny model from random weights on these rows."""
 
@@ -184,7 +157,7 @@ def pairs(bench: Bench) -> list[Figure]:
 def noise(bench: Bench) -> list[Figure]:
     """Two models that choose each other's pairs against one that takes them all."""
     task, figures = RewardTask(bench), []
-    model = write_small_model(bench.folder / "small-start", bench.seed)
+    model = toys.write_small_model(bench.folder / "small-start", bench.seed)
     held_out = worth_pairs(bench.seed, "held-out", NUM_CLEAR_HELD_OUT)
     for turned, gain, count, epochs in NOISE:
         percent = round(100 * turned)

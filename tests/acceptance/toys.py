@@ -50,7 +50,9 @@ def tiny_tokenizer(symbols: Sequence[str] = SYMBOLS) -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(seed: int, symbols: Sequence[str] = SYMBOLS) -> LlamaForCausalLM:
+def tiny_model(
+    seed: int, symbols: Sequence[str] = SYMBOLS, *, width: int = 64, layers: int = 2, name: str = "tiny model"
+) -> LlamaForCausalLM:
     """TinyLM: two layers of width 64 with two heads, context 64, about 0.14 million weights, drawn as torch draws them.
 
     The scale matters: from the ten times smaller weights that transformers draws, the rate of the experiments is so
@@ -58,9 +60,9 @@ def tiny_model(seed: int, symbols: Sequence[str] = SYMBOLS) -> LlamaForCausalLM:
     """
     config = LlamaConfig(
         vocab_size=len(SPECIAL) + len(symbols),
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=2,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=64,
         pad_token_id=0,
@@ -68,7 +70,7 @@ def tiny_model(seed: int, symbols: Sequence[str] = SYMBOLS) -> LlamaForCausalLM:
         eos_token_id=2,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(seed, "tiny model") % 2**32)
+        torch.manual_seed(key(seed, name) % 2**32)
         model = LlamaForCausalLM(config)
         for module in model.modules():
             if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
@@ -80,6 +82,13 @@ def write_model(folder: Path, seed: int, symbols: Sequence[str] = SYMBOLS) -> Pa
     """The tiny model and its tokenizer as a folder that plain transformers loads."""
     tiny_model(seed, symbols).save_pretrained(folder)
     tiny_tokenizer(symbols).save_pretrained(folder)
+    return folder
+
+
+def write_small_model(folder: Path, seed: int) -> Path:
+    """One layer of width 32: it learns what letters are worth before it knows pairs by heart."""
+    tiny_model(seed, width=32, layers=1, name="small model").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
