@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 
 from alignkit.algorithms.bco import BCO, BCOConfig
-from alignkit.core import Group
+from alignkit.core import Completion, Group
 from alignkit.core.rng import generator
 from tests.acceptance import toys
 from tests.acceptance.bench import Bench, Figure, method
@@ -69,7 +69,13 @@ def weight_ratio(rows: list[dict[str, object]]) -> float:
     """Mean weight of bad answers to prompts that good answers have too, over that of those with a G or an H."""
     tokenizer = toys.tiny_tokenizer()
     groups = [
-        Group(str(i), [], tokenizer(row["prompt"])["input_ids"], fields={"label": row["label"]})
+        Group(
+            str(i),
+            [],
+            tokenizer(row["prompt"])["input_ids"],
+            [Completion(str(row["completion"]), tokenizer(row["completion"])["input_ids"])],
+            {"label": row["label"]},
+        )
         for i, row in enumerate(rows)
     ]
     algorithm = BCO(BCOConfig(name="bco", match_underlying_distribution=True))
