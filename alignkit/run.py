@@ -90,6 +90,8 @@ def train(
         if not is_disk_problem(error):
             raise
         raise disk_problem(folder, error) from error
+    finally:
+        dist.release()
 
 
 def resume(run_dir: str | Path, *, quiet: bool = False, report: bool = True) -> RunResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,6 +14,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from alignkit.dist.world import AnyWorld, LocalWorld, ProcessWorld, check_world
+
+
+def _leave() -> None:
+    """Leave the process group while its threads can still be joined.
+
+    Whatever holds it would put that off until the interpreter is gone, when a thread of it may end the process.
+    """
+    gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class DistEngine:
@@ -26,7 +37,8 @@ class DistEngine:
         )
         check_world(self._accelerator.num_processes)
         # At the very end, not after each run: a process group cannot be made twice, and a script may train twice.
-        atexit.register(self._accelerator.end_training)
+        atexit.unregister(_leave)
+        atexit.register(_leave)
         self.device: torch.device = self._accelerator.device
         self.world: AnyWorld = (
             ProcessWorld(self.device) if self._accelerator.num_processes > 1 else LocalWorld()
@@ -49,6 +61,11 @@ class DistEngine:
         self._optimizer = optimizer
         prepared: nn.Module = self._module
         return prepared
+
+    def release(self) -> None:
+        """Forget the run's modules, so that their memory and their hold on the process group go with it."""
+        self._module = self._optimizer = None
+        self._accelerator.free_memory()
 
     def seed(self, number: int) -> None:
         """Start the random numbers of this process's device anew.
