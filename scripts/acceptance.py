@@ -45,16 +45,19 @@ def table(seeds: list[int], by_seed: list[list[Figure]]) -> list[str]:
         median = statistics.median(figure.value for figure in figures)
         judged = figures[0].bound != "reported" or figures[0].start is not None
         verdict = "–" if not judged else "pass" if passes(list(figures)) else "**fail**"
-        lines.append(f"| {figures[0].name} | {' | '.join(values)} | {median:.3f} | {figures[0].bound} | {verdict} |")
+        name = figures[0].name.replace("|", "\\|")  # it would end the cell
+        lines.append(f"| {name} | {' | '.join(values)} | {median:.3f} | {figures[0].bound} | {verdict} |")
     return lines
 
 
 def commit() -> str:
-    """The commit the figures belong to; marked when the working tree differs from it."""
-    shown = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return shown.stdout.strip()
+    """The commit the figures belong to; marked when the working tree differs from it in more than their page."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ".", f":!{PAGE.relative_to(ROOT)}")
+    return git("describe", "--always", "--exclude=*") + ("-dirty" if changed else "")
 
 
 def sections(page: str) -> dict[str, str]:

@@ -64,11 +64,15 @@ def section(page: str, title: str) -> str:
 def reached(name: str) -> list[str]:
     """The lines of a method's table of figures that have a bound: what, median and bound."""
     rows = [
-        [cell.strip() for cell in line.strip("|").split(" | ")]
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))]
         for line in section(ACCEPTANCE.read_text(encoding="utf-8"), name).splitlines()
         if line.startswith("| ")
     ]
-    return [f"{row[0].strip()} {row[-3]} ({row[-2]})" for row in rows[1:] if row[-2] != "reported"]
+    return [f"{_plain(row[0])} {row[-3]} ({row[-2]})" for row in rows[1:] if row[-2] != "reported"]
+
+
+def _plain(cell: str) -> str:
+    return cell.replace("\\|", "|")
 
 
 def method(folder: Path) -> list[str]:
