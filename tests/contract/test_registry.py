@@ -53,6 +53,14 @@ def worlds(make_bench):
 
 
 @pytest.mark.xdist_group("contract")
+def test_these_tests_stay_on_one_worker(request):
+    """Else every worker would launch the processes of `worlds` for itself."""
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("one process runs all tests")
+    assert request.node.nodeid.endswith("@contract")
+
+
+@pytest.mark.xdist_group("contract")
 @pytest.mark.parametrize("name", OVERFITS_WITH)
 def test_only_methods_that_need_it_overfit_with_other_keys(name, make_bench):
     with pytest.raises(AssertionError, match=f"{name}: does not overfit"):
