@@ -26,11 +26,12 @@ MAX_CHUNK_BYTES = 384 * 2**20
 
 class TokenScores(NamedTuple):
     """Of S scored tokens, [S] each: log-probability in nats, and on demand entropy in nats, and 1.0 where no token was
-    more likely than the right one."""
+    more likely than the right one. `values` are what somebody else says of the same tokens."""
 
     logps: Tensor
     entropy: Tensor | None
     correct: Tensor | None
+    values: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,11 @@ def picked_logps(logits: Tensor, targets: Tensor, *, entropy: bool = False, corr
     logits = logits if logits.dtype == torch.float64 else logits.float()
     logps = logits.log_softmax(-1)
     picked = logps.gather(-1, targets[:, None]).squeeze(-1)
-    with torch.no_grad():
-        return TokenScores(
-            picked,
-            -(logps.exp() * logps.clamp(min=-1e30)).sum(-1) if entropy else None,
-            (picked >= logps.amax(-1)).to(picked.dtype) if correct else None,
-        )
+    return TokenScores(
+        picked,
+        -(logps.exp() * logps.clamp(min=-1e30)).sum(-1) if entropy else None,
+        (picked >= logps.amax(-1)).to(picked.dtype) if correct else None,
+    )
 
 
 def head_logits(hidden: Tensor, head: Head) -> Tensor:
@@ -167,9 +167,17 @@ class HeadChunk:
             self.scores.entropy[where] = entropy
 
     def backward(
-        self, grad: Tensor, hidden_grad: Tensor, weight_grad: Tensor | None, bias_grad: Tensor | None, *, first: bool
+        self,
+        grad: Tensor,
+        hidden_grad: Tensor,
+        weight_grad: Tensor | None,
+        bias_grad: Tensor | None,
+        *,
+        first: bool,
+        entropy_grad: Tensor | None = None,
     ) -> None:
-        """Write the gradient [S, hidden] for d loss / d logps = `grad` [S]; write (`first`) or add the weights'."""
+        """Write the gradient [S, hidden] for d loss / d logps = `grad` [S], and d loss / d entropy, if there is one;
+        write (`first`) or add the weights'."""
         grad = grad.to(self._z.dtype)
         for where in self._blocks():
             z, g = self._z[where], grad[where, None]
@@ -177,7 +185,14 @@ class HeadChunk:
                 assert self._normaliser is not None
                 slope = 1 - ((z + self._normaliser[where, None]) / self._head.softcap).square_()
                 z.exp_()
+            surprise = None
+            if entropy_grad is not None:  # dH/dz = -p (log p + H)
+                assert self.scores.entropy is not None
+                surprise = z.clamp(min=torch.finfo(z.dtype).tiny).log_().add_(self.scores.entropy[where, None])
+                surprise.mul_(z).mul_(-entropy_grad[where, None].to(z.dtype))
             z.mul_(-g).scatter_add_(-1, self._targets[where, None], g)
+            if surprise is not None:
+                z.add_(surprise)
             if self._head.softcap is not None:
                 z.mul_(slope)
             if self._head.scale != 1.0:
@@ -200,7 +215,8 @@ class HeadChunk:
 
 
 Objective = Callable[[int, TokenScores], Tensor]
-"""Number of a chunk and its scores, whose `logps` require a gradient → that chunk's share of the loss, a scalar."""
+"""Number of a chunk and its scores, all but `correct` requiring a gradient → that chunk's share of the loss, a scalar.
+"""
 
 
 class _Sweep:
@@ -227,8 +243,8 @@ class _Sweep:
         size = max(1, CHUNK_BYTES // self.row_bytes)
         return [(a, min(a + size, stop)) for a in range(start, stop, size)]
 
-    def chunk(self, start: int, stop: int, *, again: bool = False) -> HeadChunk:
-        """Positions start … stop - 1; the chunk before is overwritten. `again`: only for the gradient."""
+    def chunk(self, start: int, stop: int, *, wants: dict[str, bool] | None = None) -> HeadChunk:
+        """Positions start … stop - 1; the chunk before is overwritten. `wants`: scores other than those asked for."""
         if len(self._buffer) < stop - start:
             self._buffer = self.hidden.new_empty(0, dtype=self._wide)  # free before taking more
             self._buffer = self.hidden.new_empty(stop - start, self.weight.shape[0], dtype=self._wide)
@@ -239,7 +255,7 @@ class _Sweep:
                 self.weight,
                 self.targets[start:stop],
                 buffer=self._buffer,
-                **({"entropy": False, "correct": False} if again else self._wants),
+                **(self._wants if wants is None else wants),
             )
 
     def scores(self, start: int, stop: int) -> TokenScores:
@@ -267,10 +283,17 @@ class _Gradients:
         self._bias = torch.empty_like(head.bias) if head.bias is not None and wants_bias else None
         self._first = True
 
-    def add(self, chunk: HeadChunk, start: int, stop: int, grad: Tensor) -> None:
+    def add(self, chunk: HeadChunk, start: int, stop: int, grad: Tensor, entropy_grad: Tensor | None = None) -> None:
         """The share of positions start … stop - 1."""
         with torch.autocast(self._hidden.device.type, enabled=False):
-            chunk.backward(grad, self._hidden[start:stop], self._weight, self._bias, first=self._first)
+            chunk.backward(
+                grad,
+                self._hidden[start:stop],
+                self._weight,
+                self._bias,
+                first=self._first,
+                entropy_grad=entropy_grad,
+            )
         self._first = False
 
     def all(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -282,6 +305,18 @@ class _Gradients:
         return self._hidden, self._weight, self._bias
 
 
+def _share(i: int, scores: TokenScores, objective: Objective) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """A chunk's share of the loss, and its gradient for log-probabilities, entropy and values, None = they had none."""
+    names = [name for name in ("logps", "entropy", "values") if getattr(scores, name) is not None]
+    leaves = [getattr(scores, name).detach().requires_grad_() for name in names]
+    with torch.enable_grad():
+        loss = objective(i, scores._replace(**dict(zip(names, leaves, strict=True))))
+        found = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else [None] * len(leaves)
+    grads = dict(zip(names, found, strict=True))
+    grad = grads["logps"] if grads["logps"] is not None else torch.zeros_like(scores.logps)
+    return loss.detach(), grad, grads.get("entropy"), grads.get("values")
+
+
 class _OnePassLoss(torch.autograd.Function):
     """The gradient is known when the loss is; backward only scales it."""
 
@@ -291,28 +326,33 @@ class _OnePassLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        values: Tensor | None,
         sweep: _Sweep,
         chunks: Sequence[tuple[int, int]],
         objective: Objective,
     ) -> Tensor:
         gradients = _Gradients(sweep, ctx.needs_input_grad)
+        values_grad = None if values is None else torch.zeros_like(values)
         total: Tensor | None = None
         for i, (start, stop) in enumerate(chunks):
             fits = (stop - start) * sweep.row_bytes <= MAX_CHUNK_BYTES
             chunk = sweep.chunk(start, stop) if fits else None
             scores = chunk.scores if chunk is not None else sweep.scores(start, stop)
-            leaf = scores.logps.detach().requires_grad_()
-            with torch.enable_grad():
-                loss = objective(i, scores._replace(logps=leaf))
-                (grad,) = torch.autograd.grad(loss, leaf) if loss.requires_grad else (torch.zeros_like(leaf),)
-            total = loss.detach() if total is None else total + loss.detach()
+            scores = scores._replace(values=None if values is None else values[start:stop])
+            loss, grad, entropy_grad, value_grad = _share(i, scores, objective)
+            total = loss if total is None else total + loss
+            if values_grad is not None and value_grad is not None:
+                values_grad[start:stop] = value_grad
             if chunk is not None:
-                gradients.add(chunk, start, stop, grad)
-            else:
-                for a, b in sweep.pieces(start, stop):
-                    gradients.add(sweep.chunk(a, b, again=True), a, b, grad[a - start : b - start])
+                gradients.add(chunk, start, stop, grad, entropy_grad)
+                continue
+            wants = {"entropy": entropy_grad is not None, "correct": False}
+            for a, b in sweep.pieces(start, stop):
+                where = slice(a - start, b - start)
+                again = sweep.chunk(a, b, wants=wants)
+                gradients.add(again, a, b, grad[where], None if entropy_grad is None else entropy_grad[where])
         assert total is not None
-        ctx.gradients = gradients.all()
+        ctx.gradients = (*gradients.all(), values_grad)
         return total
 
     @staticmethod
@@ -332,6 +372,7 @@ def one_pass_loss(
     chunks: Sequence[tuple[int, int]],
     objective: Objective,
     *,
+    values: Tensor | None = None,
     entropy: bool = False,
     correct: bool = False,
 ) -> Tensor:
@@ -342,10 +383,11 @@ def one_pass_loss(
         chunks: (start, stop) in S, in order, covering it. A chunk's share of the loss may depend on its own scores
             only. `unit_chunks` cuts them to a good size.
         objective: see `Objective`.
+        values: [S], handed to the objective as they are, and given their gradient.
         entropy, correct: also compute these scores.
     """
     sweep = _Sweep(hidden, head, targets, entropy=entropy, correct=correct)
-    loss: Tensor = _OnePassLoss.apply(hidden, head.weight, head.bias, sweep, chunks, objective)  # type: ignore[no-untyped-call]
+    loss: Tensor = _OnePassLoss.apply(hidden, head.weight, head.bias, values, sweep, chunks, objective)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -373,15 +415,15 @@ class _ChunkedLogps(torch.autograd.Function):
         ctx.sweep = sweep
         scores = sweep.scores(0, len(sweep.targets))
         ctx.mark_non_differentiable(*(x for x in (scores.entropy, scores.correct) if x is not None))
-        return tuple(scores)  # type: ignore[return-value]
+        return scores.logps, scores.entropy, scores.correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
         sweep: _Sweep = ctx.sweep
-        gradients = _Gradients(sweep, ctx.needs_input_grad)
+        gradients, neither = _Gradients(sweep, ctx.needs_input_grad), {"entropy": False, "correct": False}
         for start, stop in sweep.pieces(0, len(sweep.targets)):
-            gradients.add(sweep.chunk(start, stop, again=True), start, stop, grad[start:stop])
+            gradients.add(sweep.chunk(start, stop, wants=neither), start, stop, grad[start:stop])
         return (*gradients.all(), None)
 
 

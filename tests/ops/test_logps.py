@@ -121,16 +121,19 @@ def test_picked_logps_are_those_of_whole_rows_without_the_shift(dtype):
     tokens = torch.randint(0, 9, (2, 4), generator=torch.manual_seed(1))
     mask = torch.tensor([[0, 1, 0, 1], [0, 0, 1, 1]]).bool()
     picked = ops_logps.picked_logps(logits[:, :-1][mask[:, 1:]], tokens[mask], entropy=True, correct=True)
-    for one, rows in zip(picked, ops.token_logps(logits, tokens, mask, entropy=True, correct=True), strict=True):
+    for one, rows in zip(picked[:3], ops.token_logps(logits, tokens, mask, entropy=True, correct=True), strict=True):
         assert torch.equal(one, rows[mask])
         assert one.dtype == (dtype if dtype == torch.float64 else torch.float32)
-    assert ops_logps.picked_logps(logits[0], tokens[0])[1:] == (None, None)
+    assert ops_logps.picked_logps(logits[0], tokens[0])[1:] == (None, None, None)
 
 
-def test_entropy_and_hits_are_outside_the_graph():
-    logits = torch.randn(3, 5, generator=torch.manual_seed(0), requires_grad=True)
+def test_hits_are_outside_the_graph_and_entropy_is_in_it():
+    logits = torch.randn(3, 5, dtype=torch.float64, generator=torch.manual_seed(0), requires_grad=True)
     picked = ops_logps.picked_logps(logits, torch.tensor([0, 1, 2]), entropy=True, correct=True)
-    assert [x.requires_grad for x in picked] == [True, False, False]
+    assert [x.requires_grad for x in picked[:3]] == [True, True, False]
+    p = logits.detach().softmax(-1)
+    (found,) = torch.autograd.grad(picked.entropy.sum(), logits)
+    torch.testing.assert_close(found, -p * (p.log() + picked.entropy.detach()[:, None]))
 
 
 def test_of_two_equally_likely_tokens_both_are_hits():
