@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from math import ceil
@@ -17,11 +17,12 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from alignkit.core.contracts import Algorithm, with_loss
+from alignkit.core.config import CombineConfig, OnlineConfig
+from alignkit.core.contracts import Algorithm, Heads, RolloutFacts, with_loss
 from alignkit.core.errors import DataError, RecipeError, RunFailed
 from alignkit.core.registry import load_object, register
 from alignkit.core.rng import key
-from alignkit.core.types import Group, Unit
+from alignkit.core.types import Completion, Group, Metric, Unit
 from alignkit.data.config import DataConfig
 from alignkit.data.groups import label_pairs, load_groups
 from alignkit.data.render import Renderer
@@ -29,8 +30,10 @@ from alignkit.data.report import DataReport
 from alignkit.data.stream import Stream, with_partners
 from alignkit.dist.engine import DistEngine
 from alignkit.loop.checkpoint import Checkpoints
+from alignkit.loop.config import EvalConfig
 from alignkit.loop.evaluate import Evaluator
 from alignkit.loop.optim import build_optimizer, build_scheduler
+from alignkit.loop.rollouts import Rollouts, completion_metrics
 from alignkit.loop.round import Progress, Round
 from alignkit.loop.trainer import Trainer
 from alignkit.models.cache import LogpsCache
@@ -38,15 +41,18 @@ from alignkit.models.config import ModelConfig, RosterModelConfig
 from alignkit.models.heads import members
 from alignkit.models.load import check_context, fingerprint, load_policy, load_renderer, set_padding
 from alignkit.models.policy import CausalPolicy, ForwardOptions
-from alignkit.models.roster import AdapterReference, FrozenModel, Roster, ScoringModel
+from alignkit.models.roster import AdapterReference, FrozenModel, Roster, Sampled, ScoringModel
 from alignkit.recipe import Recipe
-from alignkit.rewards.pipeline import build_sources, check_columns, score_groups
+from alignkit.rewards.pipeline import build_sources, check_columns, reward_metrics, reward_name, score_groups
 from alignkit.rollout.config import SamplingConfig
 from alignkit.rollout.given import GivenCompletions
 from alignkit.rollout.native import NativeEngine
 from alignkit.track.sinks import JsonlSink, make_sinks
 from alignkit.track.tracker import Tracker
 
+TRIED_TOKENS = 16
+"""Tokens of answers that are written only to try the model on."""
+CRITIC_HEAD = Heads(kind="token", names=("value",), zero=True)
 TRIED_GROUPS = 4
 """Rows on which a model's way from rows to log-probabilities is tried before it is used."""
 
@@ -65,8 +71,10 @@ class Assembled:
     def precompute(self, console: Console) -> None:
         """Score every row the run will meet once with the models that never move, and free those."""
         algorithm, progress = self.trainer.algorithm, self.trainer.progress
+        if algorithm.needs.rewards:  # what will be written is not known yet
+            return
         rounds = min(progress.total_rounds, ceil(progress.total_steps / self.trainer.config.epochs_per_round))
-        units: list[Unit] = algorithm.build([*self.trainer.stream.preview(rounds), *self.held_out])
+        units: list[Unit] = algorithm.build([*self.trainer.rollouts.stream.preview(rounds), *self.held_out])
         self.trainer.roster.precompute(
             units,
             algorithm.needs.columns,
@@ -103,6 +111,14 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
     groups, held_out = _flat(sources), _flat(held_out_sources)
     held_out = with_partners(held_out, recipe.train.max_length) if needs.partners else held_out
 
+    algorithm.take_facts(
+        RolloutFacts(
+            num_generations=recipe.rollout.num_generations,
+            max_completion_length=recipe.rollout.max_completion_length,
+            weights={reward_name(reward): reward.weight for reward in recipe.rewards},
+            combine=recipe.combine,
+        )
+    )
     heads = algorithm.heads()
     if recipe.eval.num_samples and not heads.is_language:
         raise RecipeError(f"eval.num_samples: {recipe.algorithm.name} scores text and writes none; leave it at 0")
@@ -110,20 +126,21 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
     check_context(bare, recipe.train.max_length)
     if not heads.is_language:
         set_padding(members(bare), renderer)
-    policy = CausalPolicy(bare.to(dist.device), dist, _options(recipe.model), heads)
+    temperature = recipe.rollout.temperature if needs.rewards else 1.0
+    critic = _critic(recipe, dist) if "values" in needs.outputs else None
+    policy = CausalPolicy(bare.to(dist.device), dist, _options(recipe.model, temperature), heads, critic)
     _check_weights(policy, recipe.model.name_or_path)
     algorithm.prepare(groups)
-    tried = _longest_and_shortest(groups)
-    sample = algorithm.build(with_partners(tried, recipe.train.max_length) if needs.partners else tried)
+    sample = _sample(recipe, groups, algorithm, policy, renderer)
     policy.try_path(sample)
     roster = _roster(recipe, policy, algorithm, sample)
-    optimizer = build_optimizer(policy.parameters(), recipe.train)
+    optimizer = build_optimizer(policy.parameters(), recipe.train, policy.critic_parameters())
     policy.module = dist.prepare(policy.module, optimizer)
     stream = Stream(
         sources,
         [entry.weight for entry in recipe.data],
         seed=recipe.seed,
-        groups_per_round=recipe.train.batch_size,
+        groups_per_round=_groups_per_round(recipe, algorithm),
         rank=dist.world.rank,
         size=dist.world.size,
         partners=recipe.train.max_length if needs.partners else None,
@@ -142,28 +159,27 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, recipe.train, progress.total_steps),
         dist=dist,
-        stream=stream,
-        engine=GivenCompletions(),
-        rewards=lambda given: given,
+        rollouts=_rollouts(recipe, algorithm, stream, policy, renderer, groups, files),
         roster=roster,
         progress=progress,
         round=Round(recipe.seed, recipe.train.batch_size, recipe.train.epochs_per_round),
         track=Tracker(files[0] if files else None, sinks, recipe.train.logging_steps, algorithm.derive),
         checkpoints=Checkpoints(folder, recipe.train.save_total_limit, dist.world),
         evaluator=Evaluator(
-            recipe.eval,
+            _eval_config(recipe, algorithm),
             held_out,
             algorithm=algorithm,
             policy=policy,
             roster=roster,
             dist=dist,
             sampler=build_sampler(policy, renderer, recipe.eval.sampling, recipe.seed),
-            score=_scorer(recipe, held_out, renderer),
+            score=_eval_scorer(recipe, algorithm, held_out, renderer),
             samples=files[1] if files else None,
             say=lambda text: console.print(text, markup=False),
         ),
         write_model=partial(write_model, policy, renderer),
         starts_at_reference=_starts_at_reference(recipe, algorithm, policy),
+        max_logp_difference=recipe.rollout.allowed_difference(recipe.model.dtype),
     )
     return Assembled(trainer, renderer, groups, held_out, reports, files)
 
@@ -185,11 +201,18 @@ def build_algorithm(recipe: Recipe) -> Algorithm[Any]:
 
 def plan_progress(recipe: Recipe, stream: Stream, algorithm: Algorithm[Any]) -> Progress:
     """How many rounds and optimizer steps the recipe asks for."""
-    config = recipe.train
+    config, online = recipe.train, recipe.algorithm
     rounds = max(1, round(config.num_epochs * stream.rounds_per_epoch))
+    if isinstance(online, OnlineConfig) and online.rounds is not None:
+        rounds = online.rounds
     if config.max_steps is not None:
         return Progress(max(rounds, config.max_steps), config.max_steps)
-    units = (sum(map(algorithm.count_units, groups)) for groups in stream.rounds(rounds))
+    blank = [Completion("", [])] * recipe.rollout.num_generations
+    full = algorithm.needs.rewards
+    units = (
+        sum(algorithm.count_units(replace(group, completions=blank) if full else group) for group in groups)
+        for groups in stream.rounds(rounds)
+    )
     steps = sum(ceil(count / config.batch_size) for count in units) * config.epochs_per_round
     return Progress(rounds, max(1, steps))
 
@@ -211,10 +234,13 @@ def _load_all(
 ) -> tuple[list[list[Group]], list[DataReport]]:
     sources, reports = [], []
     for i, entry in enumerate(entries):
-        groups, report = load_groups(entry, renderer, max_length=recipe.train.max_length)
+        room = recipe.rollout.max_completion_length if algorithm.needs.rewards else 0
+        groups, report = load_groups(entry, renderer, max_length=recipe.train.max_length, room=room)
         if report.format == "preference" and "label" in algorithm.needs.fields:
             groups = label_pairs(groups)
         _check_needs(groups, algorithm, recipe.algorithm.name, f"{block}.{i}", report)
+        if algorithm.needs.rewards:
+            groups = [replace(group, completions=[]) for group in groups]
         sources.append(groups)
         reports.append(report)
     _tell_apart(_flat(sources))
@@ -233,7 +259,7 @@ def _tell_apart(groups: Sequence[Group]) -> None:
 def _check_needs(groups: Sequence[Group], algorithm: Algorithm[Any], name: str, where: str, report: DataReport) -> None:
     needs = algorithm.needs
     for group in groups:
-        if len(group.completions) < needs.completions:
+        if len(group.completions) < needs.completions and not needs.rewards:
             raise DataError(
                 f"{where} ({report.path}, read as {report.format}): {name} needs {needs.completions} completions a "
                 f"prompt, row {group.id!r} has {len(group.completions)}. Expected columns such as prompt, chosen, "
@@ -266,26 +292,114 @@ def _flat(sources: Sequence[Sequence[Group]]) -> list[Group]:
     return [group for groups in sources for group in groups]
 
 
-def _scorer(recipe: Recipe, held_out: Sequence[Group], renderer: Renderer) -> Callable[[list[Group]], list[Group]]:
-    sources = build_sources(recipe.eval.rewards)
-    check_columns(held_out, sources)
+def _eval_config(recipe: Recipe, algorithm: Algorithm[Any]) -> EvalConfig:
+    """The recipe's `eval`; samples of an online method are scored as in training where it names no rewards."""
+    if not algorithm.needs.rewards or recipe.eval.rewards or not recipe.eval.num_samples:
+        return recipe.eval
+    return recipe.eval.model_copy(update={"rewards": recipe.rewards})
+
+
+def _eval_scorer(
+    recipe: Recipe, algorithm: Algorithm[Any], held_out: Sequence[Group], renderer: Renderer
+) -> Callable[[list[Group]], list[Group]]:
+    config = _eval_config(recipe, algorithm)
+    combine = CombineConfig() if recipe.eval.rewards else recipe.combine
+    sources = build_sources(config.rewards)
+    check_columns(held_out, sources, combine)
 
     def score(groups: list[Group]) -> list[Group]:
-        score_groups(groups, sources, 0, stop_ids=renderer.stop_ids)
+        score_groups(groups, sources, 0, stop_ids=renderer.stop_ids, combine=combine)
         return groups
 
     return score
 
 
-def _options(model: ModelConfig) -> ForwardOptions:
-    return ForwardOptions(model.layout, model.attn_implementation, model.activation_offload)
+def _groups_per_round(recipe: Recipe, algorithm: Algorithm[Any]) -> int:
+    """Offline a round is an optimizer batch; online so many prompts as are answered at once."""
+    if not algorithm.needs.rewards:
+        return recipe.train.batch_size
+    asked = recipe.algorithm.prompts_per_round if isinstance(recipe.algorithm, OnlineConfig) else None
+    return asked if asked is not None else recipe.train.batch_size // recipe.rollout.num_generations
+
+
+def _rollouts(
+    recipe: Recipe,
+    algorithm: Algorithm[Any],
+    stream: Stream,
+    policy: CausalPolicy,
+    renderer: Renderer,
+    groups: Sequence[Group],
+    files: Sequence[JsonlSink],
+) -> Rollouts:
+    """What fills the rounds of this recipe."""
+    needs, world = algorithm.needs, policy.dist.world
+    if not needs.rewards:
+        return Rollouts(stream, GivenCompletions(), algorithm, world, needs.completions)
+    sources = build_sources(recipe.rewards)
+    check_columns(groups, sources, recipe.combine)
+
+    def score(given: list[Group], version: int) -> list[Group]:
+        return score_groups(given, sources, version, stop_ids=renderer.stop_ids, combine=recipe.combine, world=world)
+
+    def measure(given: Sequence[Group]) -> dict[str, Metric]:
+        longest = recipe.rollout.max_completion_length
+        return {**reward_metrics(given, sources), **completion_metrics(given, longest)}
+
+    def encode(text: str) -> list[int]:
+        return [*renderer.encode(text), renderer.eos_id]
+
+    engine = _Autocast(build_sampler(policy, renderer, recipe.rollout, recipe.seed), policy.dist)
+    shown = files[1] if files else None
+    return Rollouts(
+        stream, engine, algorithm, world, recipe.rollout.num_generations, score, measure, encode, samples=shown
+    )
+
+
+@dataclass
+class _Autocast:
+    """The policy writes in the precision in which it is trained."""
+
+    engine: NativeEngine
+    dist: DistEngine
+
+    def fill(self, groups: list[Group], n: int) -> list[Group]:
+        with self.dist.autocast():
+            return self.engine.fill(groups, n)
+
+    def sync(self, version: int) -> None:
+        self.engine.sync(version)
+
+
+def _critic(recipe: Recipe, dist: DistEngine) -> Any:
+    """The model that expects rewards: of the policy's weights or another's, its score layer 0 where it is new."""
+    config = recipe.models.get("critic", RosterModelConfig.model_validate({"from": "policy"}))
+    path = recipe.model.name_or_path if config.source == "policy" else config.source
+    model = recipe.model.model_copy(update={"name_or_path": path})
+    return load_policy(model, key(recipe.seed, "critic"), CRITIC_HEAD).to(dist.device)
+
+
+def _options(model: ModelConfig, temperature: float = 1.0) -> ForwardOptions:
+    return ForwardOptions(model.layout, model.attn_implementation, model.activation_offload, temperature)
+
+
+def _sample(
+    recipe: Recipe, groups: Sequence[Group], algorithm: Algorithm[Any], policy: CausalPolicy, renderer: Renderer
+) -> list[Unit]:
+    """A few units on which the first use of a model is tried; online of answers that are written for it."""
+    tried = _longest_and_shortest(groups)
+    if algorithm.needs.rewards:
+        short = recipe.rollout.model_copy(update={"max_completion_length": TRIED_TOKENS})
+        with policy.dist.autocast():
+            written = build_sampler(policy, renderer, short, recipe.seed).fill(tried, 2)
+        return [(group.row(completion),) for group in written for completion in group.completions]
+    return algorithm.build(with_partners(tried, recipe.train.max_length) if algorithm.needs.partners else tried)
 
 
 def _longest_and_shortest(groups: Sequence[Group]) -> list[Group]:
     """A few rows on which the first use of a model is tried."""
 
     def length(group: Group) -> int:
-        return len(group.prompt) + max(len(completion.tokens) for completion in group.completions)
+        return len(group.prompt) + max((len(completion.tokens) for completion in group.completions), default=0)
 
     ordered = sorted(groups, key=length, reverse=True)
     return [*ordered[:TRIED_GROUPS], *ordered[TRIED_GROUPS:][-1:]]
@@ -297,20 +411,21 @@ def _roster(recipe: Recipe, policy: CausalPolicy, algorithm: Algorithm[Any], sam
     for name in sorted({column.partition(".")[0] for column in algorithm.needs.columns} - {"policy", "behaviour"}):
         config = recipe.models.get(name, RosterModelConfig.model_validate({"from": "policy"}))
         models[name] = _other_model(recipe.model, config, policy, sample)
-        if config.precompute:
+        if config.precompute and not algorithm.needs.rewards:
             start = policy.bare if config.source == "policy" else load_policy(_frozen(recipe.model, config.source))
             software = f"torch {torch.__version__} transformers {version('transformers')}"
             head = "whole" if policy.path.head is None else "chunked"
             way = f"{recipe.model.dtype} {recipe.model.attn_implementation} {policy.path.layout} {head}"
             identity = f"{fingerprint(start)} {way} {software}"
             caches[name] = LogpsCache(identity, policy.dist.world)
-    unknown = sorted(set(recipe.models) - set(models))
+    unknown = sorted(set(recipe.models) - set(models) - ({"critic"} if policy.critic is not None else set()))
     if unknown:
         raise RecipeError(
             f"models.{unknown[0]}: {recipe.algorithm.name} uses no model of that name; it uses "
             f"{', '.join(models) or 'none besides the policy'}"
         )
-    return Roster(policy, models, caches)
+    sampled = Sampled(recipe.rollout.trusts_sampler(recipe.model.dtype), recipe.rollout.importance_cap)
+    return Roster(policy, models, caches, sampled)
 
 
 def _frozen(model: ModelConfig, path: str) -> ModelConfig:
@@ -325,7 +440,8 @@ def _other_model(
     frozen = _frozen(model, model.name_or_path if config.source == "policy" else config.source)
 
     def load() -> CausalPolicy:
-        loaded = CausalPolicy(load_policy(frozen).to(policy.dist.device), policy.dist, _options(frozen))
+        options = _options(frozen, policy.temperature)
+        loaded = CausalPolicy(load_policy(frozen).to(policy.dist.device), policy.dist, options)
         loaded.try_path(sample)
         return loaded
 

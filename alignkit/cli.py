@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,7 @@ import alignkit
 from alignkit.core.errors import AlignkitError, RecipeError
 
 if TYPE_CHECKING:
+    from alignkit.core.config import Config
     from alignkit.data.config import DataConfig
     from alignkit.recipe import Recipe
     from alignkit.run import RunResult
@@ -38,9 +39,13 @@ app = _group("Preference optimization: every method one recipe away.", no_args_i
 algorithms = _group("The methods a recipe can name.", invoke_without_command=True)
 recipes = _group("Shipped recipes, and the schema of yours.", invoke_without_command=True)
 data = _group("Look at data as the model will see it, judge it, and bring it into another shape.", no_args_is_help=True)
+rewards = _group("What a recipe can score answers by, and whether it can be cheated.", invoke_without_command=True)
+rollout = _group("Who writes the completions of a run.", no_args_is_help=True)
 app.add_typer(algorithms, name="algorithms")
 app.add_typer(recipes, name="recipes")
+app.add_typer(rewards, name="rewards")
 app.add_typer(data, name="data")
+app.add_typer(rollout, name="rollout")
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
 Overrides = Annotated[
@@ -197,22 +202,13 @@ def show_algorithm(name: str, as_json: AsJson = False) -> None:
     """What a method is, its config with defaults and bounds, and what it needs."""
     import inspect
 
-    from alignkit.core.reading import describe_type
     from alignkit.recipe import config_type, find_algorithm
 
     entry = find_algorithm(name)
     needs = {
         key: sorted(value) if isinstance(value, frozenset) else value for key, value in vars(entry.target.needs).items()
     }
-    config = config_type(entry)
-    rows: list[dict[str, Any]] = []
-    for key, info in config.model_fields.items():
-        required = info.is_required() and key != "name" and key not in entry.preset
-        usual = name if key == "name" else None if required else info.get_default(call_default_factory=True)
-        default = entry.preset.get(key, usual)
-        expected = describe_type(info.annotation, info.metadata)
-        row = {"key": key, "default": default, "type": expected, "description": info.description or ""}
-        rows.append({**row, "required": required})
+    rows = _key_rows(config_type(entry), entry.preset, name)
     module = inspect.getmodule(entry.target)
     about = inspect.getdoc(module) or inspect.getdoc(entry.target) or ""
     if as_json:
@@ -220,12 +216,58 @@ def show_algorithm(name: str, as_json: AsJson = False) -> None:
         typer.echo(json.dumps(shown, ensure_ascii=False, indent=1, default=str))
         return
     typer.echo(f"{name}\n\n{about}\n\nalgorithm:")
-    defaults = ["required" if row["required"] else _yaml(row["default"]) for row in rows]
-    _print_table(
-        [[f"  {row['key']}", told, row["type"], row["description"]] for row, told in zip(rows, defaults, strict=True)]
-    )
+    _print_keys(rows)
     typer.echo("\nneeds:")
     _print_table([[f"  {key}", _yaml(value)] for key, value in needs.items()])
+
+
+@rewards.callback()
+def list_rewards(context: typer.Context, as_json: AsJson = False) -> None:
+    """What a recipe can score answers by."""
+    if context.invoked_subcommand is None:
+        _print_rewards(as_json)
+
+
+@rewards.command("list")
+def list_rewards_too(as_json: AsJson = False) -> None:
+    """List the rewards a recipe can name."""
+    _print_rewards(as_json)
+
+
+@rewards.command("show")
+def show_reward(name: str, as_json: AsJson = False) -> None:
+    """What a reward is, and its `args` with defaults and bounds."""
+    import inspect
+
+    from alignkit.core.registry import register
+
+    entry = register.reward.get(name)
+    takes_args = isinstance(entry.target, type) and hasattr(entry.target, "config_type")
+    rows = _key_rows(entry.target.config_type, entry.preset, name) if takes_args else []
+    about = inspect.getdoc(entry.target) or ""
+    if as_json:
+        typer.echo(json.dumps({"name": name, "about": about, "args": rows}, ensure_ascii=False, indent=1, default=str))
+        return
+    typer.echo(f"{name}\n\n{about}\n\nargs:{'' if rows else ' none'}")
+    _print_keys(rows)
+
+
+@rewards.command("probe")
+def probe_rewards(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of each data entry.")] = 64,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when a cheap text wins on average.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score cheap texts beside the data's real answers, before training finds them."""
+    loaded = _load(recipe, overrides)
+    from alignkit.probe import probe_recipe
+
+    found = probe_recipe(loaded, rows)
+    typer.echo(json.dumps(found.to_json(), ensure_ascii=False, indent=1) if as_json else "\n".join(found.lines()))
+    if strict and found.kinds("ahead"):
+        raise typer.Exit(1)
 
 
 @recipes.callback()
@@ -387,6 +429,31 @@ def convert_data(
         typer.echo("\n".join([*account.lines(), f"written  {destination}"]))
 
 
+@rollout.command("serve")
+def serve_rollouts(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    port: Annotated[int | None, typer.Option(min=1, help="Instead of the one in rollout.url.")] = None,
+    python: Annotated[str, typer.Option(metavar="PATH", help="A Python that has vLLM.")] = "python",
+    flags: Annotated[str, typer.Option(metavar="TEXT", help="More flags for vLLM, as one text.")] = "",
+) -> None:
+    """Run a vLLM server for the recipe's model until Ctrl-C."""
+    import shlex
+
+    loaded = _load(recipe, overrides)
+    from alignkit.rollout.serve import serve
+
+    serve(
+        loaded.model,
+        loaded.rollout,
+        loaded.train.max_length,
+        python=python,
+        port=port,
+        flags=shlex.split(flags),
+        ready=lambda url: typer.echo(f"rollout.url={url}"),
+    )
+
+
 @app.command()
 def quickstart(
     output_dir: Annotated[Path, typer.Option(help="Where models, data and report go.")] = Path("runs/quickstart"),
@@ -496,6 +563,38 @@ def _print_recipes() -> None:
         first = path.read_text(encoding="utf-8").partition("\n")[0]
         rows.append([name, first.removeprefix("#").strip() if first.startswith("#") else ""])
     _print_table(rows)
+
+
+def _print_rewards(as_json: bool) -> None:
+    from alignkit.core.registry import register
+
+    found = {name: _first_line(register.reward.get(name).target) for name in register.reward.names()}
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False, indent=1))
+    else:
+        _print_table([[name, line] for name, line in found.items()])
+
+
+def _key_rows(config: type[Config], preset: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """The keys of a component's config, with the defaults that its name stands for."""
+    from alignkit.core.reading import describe_type
+
+    rows: list[dict[str, Any]] = []
+    for key, info in config.model_fields.items():
+        required = info.is_required() and key != "name" and key not in preset
+        usual = name if key == "name" else None if required else info.get_default(call_default_factory=True)
+        default = preset.get(key, usual)
+        expected = describe_type(info.annotation, info.metadata)
+        row = {"key": key, "default": default, "type": expected, "description": info.description or ""}
+        rows.append({**row, "required": required})
+    return rows
+
+
+def _print_keys(rows: Sequence[Mapping[str, Any]]) -> None:
+    defaults = ["required" if row["required"] else _yaml(row["default"]) for row in rows]
+    _print_table(
+        [[f"  {row['key']}", told, row["type"], row["description"]] for row, told in zip(rows, defaults, strict=True)]
+    )
 
 
 def _print_table(rows: list[list[str]]) -> None:

@@ -12,6 +12,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from alignkit.core.config import OnlineConfig
 from alignkit.core.contracts import Algorithm, Needs
 from alignkit.core.documents import Mistakes
 from alignkit.core.errors import DataError
@@ -53,6 +54,8 @@ def check(recipe: Recipe) -> list[str]:
         except DataError as error:
             mistakes.add(recipe.origin.place(f"{key}.path"), key, str(error))
     mistakes.stop_if_any()
+    if needs.rewards:
+        lines += _rollout_lines(recipe)
     lines += _eval_lines(recipe)
     return [*lines, *_batch_lines(recipe, method)]
 
@@ -76,7 +79,7 @@ def _describe_data(entry: DataConfig, needs: Needs, algorithm: str) -> str:
         where = "is looked for on the hub" if not Path(entry.path).exists() else "is not looked into before the run"
         return f"{entry.path}: unchecked, {where}"
     shape = choose_format(entry.format, columns, entry.path)
-    if (needs.preferences or needs.completions > 1) and shape not in ("preference", "ranked"):
+    if (needs.preferences or needs.completions > 1) and not needs.rewards and shape not in ("preference", "ranked"):
         wanted = " or ".join(", ".join(SHAPES[name]) for name in ("preference", "ranked"))
         raise DataError(
             f"{entry.path}: {algorithm} learns from preference or ranked rows; these are {shape!r} rows with the "
@@ -173,7 +176,7 @@ def _count_groups(entry: DataConfig, method: type[Algorithm[Any]]) -> int | None
 
 
 def _length(recipe: Recipe, method: type[Algorithm[Any]]) -> str:
-    train = recipe.train
+    train, per_round = recipe.train, _groups_per_round(recipe)
     counts = [_count_groups(entry, method) for entry in recipe.data]
     known = [count for count in counts if count is not None]
     if train.max_steps is not None:
@@ -181,6 +184,9 @@ def _length(recipe: Recipe, method: type[Algorithm[Any]]) -> str:
     if len(known) < len(counts):
         return f"{train.num_epochs:g} epochs; the number of steps is known once the data is read"
     groups = sum(max(1, round(count * entry.weight)) for count, entry in zip(known, recipe.data, strict=True))
+    if method.needs.rewards:
+        rounds = _rounds(recipe, ceil(groups / per_round))
+        return f"{groups} prompts an epoch, {per_round} a round → {_count(rounds, 'round')}, if no row is dropped"
     per_epoch = ceil(groups / train.batch_size)
     steps = max(1, round(train.num_epochs * per_epoch)) * train.epochs_per_round
     last = groups % train.batch_size
@@ -190,6 +196,35 @@ def _length(recipe: Recipe, method: type[Algorithm[Any]]) -> str:
         f"{groups} groups an epoch → {per_epoch} steps{short}; × {train.num_epochs:g} epochs{repeated} = "
         f"{steps} steps, if no row is dropped"
     )
+
+
+def _groups_per_round(recipe: Recipe) -> int:
+    """Prompts of one round of an online method."""
+    config = recipe.algorithm
+    asked = config.prompts_per_round if isinstance(config, OnlineConfig) else None
+    return asked if asked is not None else max(1, recipe.train.batch_size // recipe.rollout.num_generations)
+
+
+def _rounds(recipe: Recipe, per_epoch: int) -> int:
+    config = recipe.algorithm
+    asked = config.rounds if isinstance(config, OnlineConfig) else None
+    return asked if asked is not None else max(1, round(recipe.train.num_epochs * per_epoch))
+
+
+def _rollout_lines(recipe: Recipe) -> Iterator[str]:
+    """Who answers how many prompts, what scores the answers, and how many updates that makes."""
+    rollout, train = recipe.rollout, recipe.train
+    prompts = _groups_per_round(recipe)
+    written = prompts * rollout.num_generations
+    who = "the policy itself, in this process" if rollout.engine == "native" else f"the {rollout.engine} server"
+    yield (
+        f"rollout     {_count(prompts, 'prompt')} × {_count(rollout.num_generations, 'completion')} = {written} a "
+        f"round, of at most {rollout.max_completion_length} tokens at temperature {rollout.temperature:g}, by {who}"
+    )
+    names = " + ".join(f"{reward.weight:g} × {reward.name}" for reward in recipe.rewards)
+    yield f"rewards     {names}"
+    batches = ceil(written / train.batch_size) * train.epochs_per_round
+    yield f"round       up to {_count(batches, 'optimizer step')} on what was written, then it is written anew"
 
 
 def _eval_lines(recipe: Recipe) -> Iterator[str]:

@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field, PrivateAttr, SerializeAsAny, field_validator
 
 from alignkit.advice import advise, key_homes
-from alignkit.core.config import AlgorithmConfig, Config
+from alignkit.core.config import AlgorithmConfig, CombineConfig, Config, OnlineConfig
 from alignkit.core.contracts import Algorithm
 from alignkit.core.documents import (
     Block,
@@ -41,6 +41,8 @@ from alignkit.files import note_missing_files
 from alignkit.loop.config import EvalConfig, TrainConfig
 from alignkit.models.config import ModelConfig, RosterModelConfig
 from alignkit.rewards.config import RewardConfig
+from alignkit.rewards.transforms import TransformConfig, find_transform
+from alignkit.rollout.config import RolloutConfig
 from alignkit.rollout.guides import GuideConfig, find_guide
 from alignkit.track.config import TrackConfig
 
@@ -77,7 +79,9 @@ class Recipe(Config):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     track: TrackConfig = TrackConfig()
-    rewards: list[RewardConfig] = Field([], description="what scores the completions; their weighted sum counts")
+    rewards: list[RewardConfig] = Field([], description="what scores the completions of every round")
+    combine: CombineConfig = CombineConfig()
+    rollout: RolloutConfig = RolloutConfig()
     imports: list[str] = Field([], description="modules of yours to import first, so that they can register")
     env: dict[str, str] = Field({}, description="environment variables to set before anything is imported")
 
@@ -105,9 +109,9 @@ def find_algorithm(name: str) -> Registered:
     return entry
 
 
-def config_type(entry: Registered) -> type[AlgorithmConfig | OperationConfig | GuideConfig]:
-    """The config class of a registered algorithm, operation or guide."""
-    found: type[AlgorithmConfig | OperationConfig | GuideConfig] = entry.target.config_type
+def config_type(entry: Registered) -> type[AlgorithmConfig | OperationConfig | GuideConfig | TransformConfig]:
+    """The config class of a registered algorithm, operation, guide or transform."""
+    found: type[AlgorithmConfig | OperationConfig | GuideConfig | TransformConfig] = entry.target.config_type
     return found
 
 
@@ -218,6 +222,8 @@ class _Reading:
         recipe = self.reader.read(self.root, Recipe)
         if self.algorithm is not None:
             _check_needs(self.root, self.algorithm, self.mistakes)
+        if recipe is not None and self.algorithm is not None:
+            _check_rollouts(recipe, self.algorithm, Origin(self.root), self.mistakes)
         return recipe
 
     def _find_algorithm(self) -> Registered | None:
@@ -291,6 +297,7 @@ class _Reading:
 NAMED_ENTRIES: Mapping[type[Config], Callable[[str], Registered]] = {
     OperationConfig: find_operation,
     GuideConfig: find_guide,
+    TransformConfig: find_transform,
 }
 """Entries of lists whose further keys belong to what their `name` names."""
 _PAIRS = ("text", "messages", "prompt", "prompt_completion")
@@ -299,7 +306,8 @@ _PAIRS = ("text", "messages", "prompt", "prompt_completion")
 def _check_needs(root: Block, algorithm: Registered, mistakes: Mistakes) -> None:
     """Notes what the algorithm needs and the recipe cannot give."""
     needs = algorithm.target.needs
-    used = sorted({column.partition(".")[0] for column in needs.columns} - {"policy", "behaviour"})
+    models_used = {column.partition(".")[0] for column in needs.columns} - {"policy", "behaviour"}
+    used = sorted(models_used | ({"critic"} if "values" in needs.outputs else set()))
     models = root.entries.get("models")
     if models is not None and isinstance(models.node, Block):
         for name, entry in models.node.entries.items():
@@ -321,9 +329,49 @@ def _check_needs(root: Block, algorithm: Registered, mistakes: Mistakes) -> None
         if given is None or not isinstance(given.node, Scalar):
             continue
         shape = given.node.value
-        if (needs.preferences or needs.completions > 1) and shape in _PAIRS:
+        if (needs.preferences or needs.completions > 1) and not needs.rewards and shape in _PAIRS:
             text = f"{algorithm.name} learns from preference or ranked rows, which {shape!r} rows are not"
             mistakes.add(given.node.place, f"data.{number}.format", text)
+
+
+def _check_rollouts(recipe: Recipe, algorithm: Registered, origin: Origin, mistakes: Mistakes) -> None:
+    """Notes what keeps an online method from answering prompts and learning from what it wrote."""
+    needs, rollout, config = algorithm.target.needs, recipe.rollout, recipe.algorithm
+
+    def note(key: str, text: str) -> None:
+        mistakes.add(origin.place(key), key, text)
+
+    if not needs.rewards:
+        for key, block in (("rollout", rollout), ("combine", recipe.combine)):
+            if block != type(block)():
+                note(key, f"{algorithm.name} learns from given completions and writes none; remove the block")
+        return
+    needs = algorithm.target(config).needs  # as this config has them
+    if not recipe.rewards:
+        note("rewards", f"missing key; {algorithm.name} learns from scored completions, so say what scores them")
+    least = needs.completions
+    if rollout.num_generations < least:
+        text = f"{algorithm.name} compares completions of a prompt and needs {least} or more; it is"
+        note("rollout.num_generations", f"{text} {rollout.num_generations}")
+    if rollout.temperature == 0:
+        note("rollout.temperature", "0 writes the same completion again and again; give a number above 0, such as 1.0")
+    if rollout.max_completion_length >= recipe.train.max_length:
+        text = f"{recipe.train.max_length} tokens leave no room for a prompt and {rollout.max_completion_length} tokens"
+        note("train.max_length", f"{text} of completion (rollout.max_completion_length)")
+    for key, value in needs.combine.items():
+        if (found := getattr(recipe.combine, key)) != value:
+            note(f"combine.{key}", f"it is {found}, which is not {algorithm.name}; set {key}: {value}")
+    if recipe.combine.level == "advantage" and not needs.vector:
+        note("combine.level", f"{algorithm.name} takes one reward a completion; set level: reward")
+    prompts = config.prompts_per_round if isinstance(config, OnlineConfig) else None
+    if prompts is None and recipe.train.batch_size % rollout.num_generations:
+        size, count = recipe.train.batch_size, rollout.num_generations
+        near = max(count, round(size / count) * count)
+        note(
+            "train.batch_size",
+            f"{size} completions are not whole prompts of {count} completions (rollout.num_generations); {near} are, "
+            "or say algorithm.prompts_per_round",
+        )
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -404,7 +452,7 @@ def _compact(value: Any) -> Any:
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The JSON schema of a recipe file, for editors; `algorithm`, operations and guides are registered ones."""
+    """The JSON schema of a recipe file, for editors; whatever has a `name` is a registered component."""
     schema = Recipe.model_json_schema()
     definitions: dict[str, Any] = schema["$defs"]
     definitions.pop("AlgorithmConfig")
@@ -414,6 +462,8 @@ def recipe_schema() -> dict[str, Any]:
     definitions["OperationConfig"] = _named_choice(operations, definitions)
     guides = [find_guide(name) for name in register.guide.names()]
     definitions["GuideConfig"] = _named_choice(guides, definitions)
+    transforms = [find_transform(name) for name in register.transform.names()]
+    definitions["TransformConfig"] = _named_choice(transforms, definitions)
     texts = {"type": "string"}
     schema["properties"]["extends"] = {
         "anyOf": [texts, {"type": "array", "items": texts}],

@@ -42,7 +42,7 @@ RECIPE_FILE = "recipe.resolved.yaml"
 RUN_FILES = (
     *("recipe.resolved.yaml", "departures.yaml", "run.lock", "data_report.json", "metrics.jsonl", "samples.jsonl"),
     *("checkpoint-*", ".writing-*", "debug", "runs", "wandb", "report.html", "README.md", "best", "best.json"),
-    *("*.safetensors", "member-*", "*.safetensors.index.json", "*config.json", "chat_template.jinja"),
+    *("*.safetensors", "member-*", "critic", "*.safetensors.index.json", "*config.json", "chat_template.jinja"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
 )
 """What a run writes into its folder; whatever else lies there is not ours to remove."""
@@ -450,7 +450,8 @@ def _run_id(folder: Path) -> str:
 def _headline(recipe: Recipe, run: Assembled) -> str:
     trainer = run.trainer
     trained = sum(p.numel() for p in trainer.policy.parameters())
-    total = sum(p.numel() for p in trainer.policy.bare.parameters())
+    models = [model for model in (trainer.policy.bare, trainer.policy.critic) if model is not None]
+    total = sum(p.numel() for model in models for p in model.parameters())
     return (
         f"{recipe.algorithm.name}: {len(run.groups)} groups, {trainer.progress.total_steps} steps of "
         f"{recipe.train.batch_size} units on {trainer.dist.world.size} process(es); training {trained:,} of {total:,} "

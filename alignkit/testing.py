@@ -43,6 +43,8 @@ TOY_OBJECTIVES = ("loud", "late")
 """What toy rows say of their `objective`, by turns."""
 NUM_ROWS = 7
 """Odd, so that no micro-batch or rank count divides it."""
+TOY_GENERATIONS, TOY_LENGTH = 4, 8
+"""Completions of a prompt, and tokens of one at most, where the method writes them itself."""
 TOLERANCE = 1e-6
 """Relative L2 between gradients, and relative difference of metrics, float32."""
 LAYOUT_TOLERANCE = 2e-6
@@ -122,13 +124,24 @@ class Bench:
             "max_length": 64,
             "save_steps": 0,
         }
+        online: dict[str, Any] = {}
+        config = {"name": self.name, **self.config}
+        if self.algorithm.needs.rewards:
+            training["batch_size"] = len(self.rows) * TOY_GENERATIONS
+            size = settings.get("batch_size", training["batch_size"])
+            config["prompts_per_round"] = -(-size // TOY_GENERATIONS)
+            online = {
+                "rewards": [{"name": f"{__name__}:loudness"}],
+                "rollout": {"num_generations": TOY_GENERATIONS, "max_completion_length": TOY_LENGTH},
+            }
         return load_recipe(
             {
+                **online,
                 "seed": seed,
                 "output_dir": str(self.folder / run),
                 "model": {"name_or_path": str(self.model), "dtype": "float32", **(model or {})},
                 "data": [{"path": str(self.data)}],
-                "algorithm": {"name": self.name, **self.config},
+                "algorithm": config,
                 "train": {**training, **settings},
             }
         )
@@ -144,8 +157,16 @@ def check_config(bench: Bench) -> None:
 
 
 def check_overfits(bench: Bench, floor: float = 0.0) -> None:
-    """Sixty steps on a handful of rows take off a third at least of what the loss lies above `floor`, its infimum."""
+    """Sixty steps on a handful of rows take off a third at least of what the loss lies above `floor`, its infimum;
+    online, of what the reward lies below 1, the most there is."""
     result = train(bench.recipe("overfit", max_steps=60, num_epochs=60, learning_rate=3e-3), quiet=True, report=False)
+    if bench.algorithm.needs.rewards:
+        rewards = [record["reward"] for record in read_metrics(result.folder)]
+        first, last = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5
+        assert 1 - last < (1 - first) * 2 / 3, (
+            f"{bench.name}: does not learn what is rewarded: reward {first:.4f} → {last:.4f} in 60 steps"
+        )
+        return
     losses = [record["loss"] for record in read_metrics(result.folder)]
     assert losses[-1] < losses[0] - abs(losses[0] - floor) / 3, (
         f"{bench.name}: does not overfit {len(bench.rows)} rows: loss {losses[0]:.4f} → {losses[-1]:.4f} in 60 steps"
@@ -198,6 +219,8 @@ def check_resume(bench: Bench) -> None:
     Two passes over every round, so that some kills fall inside one.
     """
     settings: dict[str, Any] = {"batch_size": 3, "num_epochs": 1, "epochs_per_round": 2, "save_steps": 2}
+    if bench.algorithm.needs.rewards:  # a round takes four steps
+        settings["max_steps"] = 6
     whole = train(bench.recipe("whole", **settings), quiet=True, report=False)
     expected = digest(whole.folder), comparable_metrics(whole.folder)
     for step in range(1, whole.steps + 1):
@@ -275,8 +298,11 @@ def gradient_step(recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, float]]:
     norm = dist.grad_norm
 
     def keep(parameters: Any, max_norm: float) -> Tensor:
-        named = run.trainer.policy.bare.named_parameters()
-        gradients.update({name: p.grad.clone() for name, p in named if p.grad is not None})
+        policy = run.trainer.policy
+        for model in (policy.bare, policy.critic):
+            named = model.named_parameters() if model is not None else ()
+            mark = "" if model is policy.bare else "critic."
+            gradients.update({mark + name: p.grad.clone() for name, p in named if p.grad is not None})
         return norm(parameters, max_norm)
 
     dist.grad_norm = keep  # type: ignore[method-assign]
@@ -318,8 +344,9 @@ def digest(folder: Path) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Files of a run's exported weights: one model's, or those of several side by side."""
-    return sorted([*folder.glob("*.safetensors"), *folder.glob("member-*/*.safetensors")])
+    """Files of a run's exported weights: one model's, or those of several side by side, and a critic's."""
+    places = ("*.safetensors", "member-*/*.safetensors", "critic/*.safetensors")
+    return sorted(path for place in places for path in folder.glob(place))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -383,6 +410,11 @@ def save_quietly(folder: Path, model: Any, tokenizer: Any) -> Path:
     return folder
 
 
+def loudness(completions: Sequence[str]) -> list[float]:
+    """The share of upper-case letters of what was written: what toy completions are rewarded for."""
+    return [sum(letter.isupper() for letter in text) / max(1, len(text)) for text in completions]
+
+
 def toy_config(algorithm: type[Algorithm[Any]]) -> dict[str, Any]:
     """The keys without which an algorithm could not read its toy rows: their objectives, where it lists them."""
     return {"objectives": list(TOY_OBJECTIVES)} if "objectives" in algorithm.config_type.model_fields else {}
@@ -405,7 +437,9 @@ def toy_rows(algorithm: type[Algorithm[Any]] | Algorithm[Any], count: int) -> li
             for j in range(max(1, needs.completions))
         ]
         row: dict[str, Any] = {"id": f"row-{i}", "prompt": prompt}
-        if needs.completions == 2:
+        if needs.rewards:
+            row |= {"demonstration": answers[0], "category": TOY_OBJECTIVES[i % len(TOY_OBJECTIVES)]}
+        elif needs.completions == 2:
             row |= {"chosen": answers[0], "rejected": answers[1]}
         elif needs.completions > 2:
             row |= {"completions": answers, "scores": [float(-j) for j in range(len(answers))]}
@@ -486,19 +520,21 @@ def engine_sizes(
 
 @contextmanager
 def same_start() -> Iterator[None]:
-    """Draw what a model lacks at the start, score layers and adapters, as seed 0 does, whatever the recipe's seed."""
+    """Draw what a model lacks at the start, score layers and adapters, and what it writes, as seed 0 does, whatever the
+    recipe's seed."""
     names = vars(assembling)
-    original = names["load_policy"]
+    original, sampler = names["load_policy"], names["build_sampler"]
 
     def load(config: ModelConfig, seed: int = 0, heads: Heads = LANGUAGE) -> Any:
         del seed
         return original(config, 0, heads)
 
     names["load_policy"] = load
+    names["build_sampler"] = lambda policy, renderer, sampling, seed: sampler(policy, renderer, sampling, 0)
     try:
         yield
     finally:
-        names["load_policy"] = original
+        names["load_policy"], names["build_sampler"] = original, sampler
 
 
 @contextmanager

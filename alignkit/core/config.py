@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Config(BaseModel):
@@ -20,3 +22,46 @@ class AlgorithmConfig(Config):
         description="swap only the mathematics: 'module:function' called as function(out, batch, config), "
         "returning (terms, metrics) as Algorithm.loss does",
     )
+
+
+class OnlineConfig(AlgorithmConfig):
+    """What every `algorithm` block of a method may hold whose completions the run writes itself."""
+
+    rounds: int | None = Field(
+        None, ge=1, description="how often prompts are answered and learned from; null = train.num_epochs decides"
+    )
+    prompts_per_round: int | None = Field(
+        None,
+        ge=1,
+        description="prompts answered at once, over all ranks; null = as many as give one optimizer step: "
+        "train.batch_size / rollout.num_generations",
+    )
+
+
+class CombineConfig(Config):
+    """How the rewards of a completion become its reward."""
+
+    level: Literal["reward", "advantage"] = Field(
+        "reward", description="reward: one number a completion; advantage: the method gets each reward apart"
+    )
+    mode: Literal["sum", "product", "min", "pama"] = Field(
+        "sum",
+        description="of the weighted rewards; min = the worst case; pama = how far the advantages of all rewards "
+        "agree, with level: advantage",
+    )
+    route: str | None = Field(None, description="data column that says which rewards score a row, by their `when`")
+    solver: Literal["projection", "diagonal", "min_norm"] = Field(
+        "projection", description="pama: the advantage nearest 0, or one weight a reward over the whole round"
+    )
+    noon: bool = Field(True, description="pama: negative advantages count 0 (reconstructed: false keeps them)")
+    granularity: Literal["token", "sequence", "batch"] = Field(
+        "token", description="pama, projection: where rewards are compared (token is reconstructed)"
+    )
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> CombineConfig:
+        if self.level == "advantage" and self.mode in ("product", "min"):
+            raise ValueError(f"with level: advantage rewards stay apart, so mode: {self.mode} has nothing to combine")
+        if self.level == "reward" and self.mode == "pama":
+            raise ValueError("mode: pama merges advantages, not rewards; set level: advantage")
+        return self

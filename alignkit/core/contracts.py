@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
-from alignkit.core.config import AlgorithmConfig
+from alignkit.core.config import AlgorithmConfig, CombineConfig
 from alignkit.core.types import Batch, Forward, Group, Metric, RewardBatch, RewardOutput, Term, Unit
 
 if TYPE_CHECKING:
@@ -54,11 +54,17 @@ class Needs:
     """What an algorithm asks of the run; the recipe is checked against it before anything starts.
 
     `completions`: at least so many per group. `columns`: no-grad columns `<model>.<output>` to fill before `annotate`
-    (`reference.logps`). `slots`: rows of a unit that a column of tokens is filled for, 0 elsewhere; a column it leaves
-    out is filled for all. `outputs`: fields of `Forward` the loss reads. `fields`: dataset columns `build` reads; a
+    (`reference.logps`; `policy.logps` are of the round's beginning, `behaviour.weight` how much a token counts that
+    another engine drew). `slots`: rows of a unit that a column of tokens is filled for, 0 elsewhere; a column it leaves
+    out is filled for all. `outputs`: fields of `Forward` the loss reads; with
+    `values` the run has a critic. `fields`: dataset columns `build` reads; a
     method that reads `label` takes preference rows too, as one desirable and one undesirable answer. `preferences`:
-    completions must be ordered by their reward, as chosen and rejected are. `rewards`: the recipe's `rewards` score the
-    completions of every round; without it a recipe that has some is refused. `partners`: every group comes with the
+    completions must be ordered by their reward, as chosen and rejected are. `rewards`: the method is online: every
+    round the policy answers prompts, and the recipe's `rewards` score what it wrote; without it a recipe that has some
+    is refused. `vector`: it can take several rewards apart (`RolloutFacts.combine`); `combine`: keys of that block
+    without which it would be another method. `refills`: how often prompts
+    are drawn in place of groups the method does not keep. `demonstration`: a column whose answers are scored with the
+    completions, into the field `demonstration.reward`. `partners`: every group comes with the
     completion that stands before it in its round (`Group.partner`), the first with the last one's, whatever the ranks;
     without one where that is an answer to its own prompt. `strata`: a column whose values each round holds in the
     proportion in which all the data does, so that equally frequent values come equally often.
@@ -71,6 +77,10 @@ class Needs:
     fields: frozenset[str] = frozenset()
     preferences: bool = False
     rewards: bool = False
+    vector: bool = False
+    combine: Mapping[str, str] = field(default_factory=dict, hash=False)
+    refills: int = 0
+    demonstration: str | None = None
     partners: bool = False
     strata: str | None = None
 
@@ -85,6 +95,7 @@ class Heads:
     `noise`: standard deviation of what is added to copies of the output layer. `hidden`: a score layer with a ReLU
     layer before it, which transformers' classifiers do not have. `frozen`: the backbone does not train.
     `members`: whole models side by side, of different heads at the start; their scores stand behind each other.
+    `zero`: a score layer that is new says 0 of everything.
     """
 
     kind: Literal["language", "sequence", "token"] = "language"
@@ -93,11 +104,25 @@ class Heads:
     hidden: bool = False
     frozen: bool = False
     members: int = 1
+    zero: bool = False
 
     @property
     def is_language(self) -> bool:
         """Whether the policy writes text; the others only score it."""
         return self.kind == "language"
+
+
+@dataclass(frozen=True)
+class RolloutFacts:
+    """What an online method may have to know of the rest of its recipe.
+
+    `weights`: the rewards by name; `Completion.scores` holds each. `max_completion_length` in tokens.
+    """
+
+    num_generations: int
+    max_completion_length: int
+    weights: Mapping[str, float]
+    combine: CombineConfig
 
 
 class Algorithm(ABC, Generic[ConfigT]):
@@ -138,6 +163,15 @@ class Algorithm(ABC, Generic[ConfigT]):
     def prepare(self, groups: Sequence[Group]) -> None:
         """Called once before anything is built, with all rows to train on, the same on every rank."""
         del groups
+
+    def take_facts(self, facts: RolloutFacts) -> None:
+        """Called once before anything is built: what the recipe says of rollouts and rewards. For online methods."""
+        del facts
+
+    def keeps(self, group: Group) -> bool:
+        """Whether the method has a use for a scored group of a round; others make room as `needs.refills` says."""
+        del group
+        return True
 
     @abstractmethod
     def build(self, groups: list[Group]) -> list[Unit]:

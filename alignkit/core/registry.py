@@ -137,11 +137,12 @@ def _origin(target: Any) -> str:
 
 
 class Register:
-    """`register.algorithm`, `.reward`, `.operation`, `.guide`: the decorators by which your own code joins."""
+    """`register.algorithm`, `.reward`, `.transform`, `.operation`, `.guide`: decorators by which your code joins."""
 
     def __init__(self) -> None:
         self.algorithm = Kind("algorithm", "alignkit.algorithms", "alignkit.algorithms")
         self.reward = Kind("reward", "alignkit.rewards", "alignkit.rewards")
+        self.transform = Kind("transform", "alignkit.rewards", "alignkit.transforms")
         self.operation = Kind("operation", "alignkit.data.operations", "alignkit.operations")
         self.guide = Kind("guide", "alignkit.rollout.guides", "alignkit.guides")
 

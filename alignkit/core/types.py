@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NAN = float("nan")
+BEHAVIOUR = "behaviour.logps"
+"""The column of what the writer of a completion said of its tokens: log-probabilities it drew them with, in nats."""
 
 
 class Message(TypedDict, total=False):
@@ -39,7 +41,8 @@ class Completion:
     `tokens` [T] are ids after the prompt; `trained` [T] is None when all of them are, False on tool or environment
     tokens; `logps` [T] in nats, of the policy that wrote it. `reward` is the combined score, nan while unscored: a
     preference pair arrives with 1 for chosen and 0 for rejected. `version` -1 = not written by this run. `step_ends`:
-    how many tokens it has up to the end of each of its steps, ascending; None where it has none.
+    how many tokens it has up to the end of each of its steps, ascending; None where it has none. `ended`: whether it
+    came to an end by itself, False when a limit of length cut it off; None = nobody said, so its last token tells.
     """
 
     text: str
@@ -50,6 +53,7 @@ class Completion:
     reward: float = NAN
     version: int = -1
     step_ends: list[int] | None = None
+    ended: bool | None = None
 
 
 @dataclass(slots=True)
@@ -57,6 +61,7 @@ class Group:
     """A prompt, its completions, and what the data set knows about it (`fields`).
 
     `partner` is an answer to another prompt of the same round, for methods whose needs ask for one; None without one.
+    `plain`: the data gave the prompt as a text, not as turns; `messages` then holds it as one.
     """
 
     id: str
@@ -65,13 +70,16 @@ class Group:
     completions: list[Completion] = field(default_factory=list)
     fields: dict[str, Any] = field(default_factory=dict)
     partner: Completion | None = None
+    plain: bool = False
 
     def row(self, completion: Completion, **scalar: float) -> Row:
         """The prompt followed by one of its completions, for the model; `scalar` are facts for the loss."""
         trained = completion.trained if completion.trained is not None else [True] * len(completion.tokens)
+        written = {} if completion.logps is None else {BEHAVIOUR: [*([0.0] * len(self.prompt)), *completion.logps]}
         return Row(
             tokens=[*self.prompt, *completion.tokens],
             trained=[*([False] * len(self.prompt)), *trained],
+            token=written,
             scalar=dict(scalar),
             group=self.id,
         )
@@ -156,7 +164,8 @@ class Forward:
     `logps[n, t]` = log p(tokens[t] | tokens[<t]) in nats, 0 where `mask` is False: no off-by-one anywhere. `entropy`
     [N, L] in nats and `correct` [N, L] (1.0 where the most likely token was the right one) stand at the same place.
     `scores[n, t]` [N, L, H] is what the score layer says of tokens[<t], in float32, and `logits[n, t]` [N, L, V]
-    predicts tokens[t]; `values` [N, L]. A model that scores has no `logps`: they are 0.
+    predicts tokens[t]; `values[n, t]` [N, L] is what the critic expects of tokens[<t]. A model that scores has no
+    `logps`: they are 0.
     """
 
     logps: Tensor
@@ -204,7 +213,10 @@ class Metric:
 
 @dataclass(slots=True)
 class RewardBatch:
-    """The completions of a round as a reward source sees them. B rows; T = longest completion."""
+    """The completions of a round as a reward source sees them. B rows; T = longest completion.
+
+    `plain` [B]: where the data gave the prompt as a text, not as turns.
+    """
 
     prompts: list[list[Message]]
     completions: list[str]
@@ -214,6 +226,7 @@ class RewardBatch:
     columns: dict[str, list[Any]]
     step: int
     ended: Tensor
+    plain: list[bool] = field(default_factory=list)
 
 
 @dataclass(slots=True)

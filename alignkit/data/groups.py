@@ -19,8 +19,12 @@ CHUNK = 512
 """Rows rendered at once: enough for the tokenizer to work in parallel, little enough to stay small in memory."""
 
 
-def load_groups(config: DataConfig, renderer: Renderer, *, max_length: int) -> tuple[list[Group], DataReport]:
+def load_groups(
+    config: DataConfig, renderer: Renderer, *, max_length: int, room: int = 0
+) -> tuple[list[Group], DataReport]:
     """Read, render and cut the rows of one data entry to `max_length` tokens of prompt + completion.
+
+    With `room` only the prompts are taken, and so many tokens are left free behind them.
 
     Raises: DataError when the source or a column is missing, no row is usable, or `max_bad_fraction` is exceeded.
     """
@@ -30,7 +34,7 @@ def load_groups(config: DataConfig, renderer: Renderer, *, max_length: int) -> t
     groups: list[Group] = []
     for start in range(0, len(table.rows), CHUNK):
         span = range(start, min(start + CHUNK, len(table.rows)))
-        groups += _chunk_groups(table, span, config, renderer, report, max_length)
+        groups += _chunk_groups(table, span, config, renderer, report, max_length, room)
     report.kept = len(groups)
     report.check_budget(config.max_bad_fraction)
     return groups, report
@@ -51,7 +55,7 @@ def label_pairs(groups: Sequence[Group]) -> list[Group]:
 
 
 def _chunk_groups(
-    table: Table, span: range, config: DataConfig, renderer: Renderer, report: DataReport, max_length: int
+    table: Table, span: range, config: DataConfig, renderer: Renderer, report: DataReport, max_length: int, room: int
 ) -> list[Group]:
     """The groups of some rows; every other row is counted in `report`."""
     items: list[tuple[int, Item]] = []
@@ -65,7 +69,7 @@ def _chunk_groups(
             report.drop(bad.reason, _where(table, i, bad.note))
             continue
         report.added += len(made) - 1
-        items += [(i, item) for item in made]
+        items += [(i, _prompt_only(item) if room else item) for item in made]
     groups = []
     for (i, item), rendered in zip(items, renderer.render([item.example for _, item in items]), strict=True):
         if isinstance(rendered, BadRow):
@@ -77,7 +81,8 @@ def _chunk_groups(
             longest = max(map(len, rendered.completions))
             report.measure(completion=longest, total=prompt + longest)
         try:
-            changes = fit(rendered, renderer.bos_id, max_length, config.overlong)
+            # fit leaves one token free behind a prompt without completions
+            changes = fit(rendered, renderer.bos_id, max_length - max(0, room - 1), config.overlong)
         except BadRow as bad:
             report.drop(bad.reason, _where(table, i, bad.note))
             continue
@@ -92,6 +97,10 @@ def _item(table: Table, i: int, path: str, example: Example) -> Item:
     column = id_column(row)
     name = str(row[column]) if column else f"{Path(path).name}:{table.numbers[i]}"
     return Item(name, example, {key: value for key, value in row.items() if key not in CONSUMED and key != column})
+
+
+def _prompt_only(item: Item) -> Item:
+    return replace(item, example=replace(item.example, completions=[], rewards=[], scores=[], steps=[]))
 
 
 def operate(item: Item, operations: Sequence[Operation[Any]]) -> list[Item]:
@@ -154,6 +163,7 @@ def _group(item: Item, rendered: Rendered) -> Group:
             )
         ],
         fields=item.fields,
+        plain=isinstance(prompt, str),
     )
 
 

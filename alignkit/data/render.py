@@ -121,6 +121,10 @@ class Renderer:
         """The text of `tokens`, special tokens included."""
         return self.tokenizer.decode(list(tokens), skip_special_tokens=False)
 
+    def encode(self, text: str) -> list[int]:
+        """The tokens of `text`, no special ones added."""
+        return self._encode([text])[text]
+
     def _special_tokens_in_front(self) -> list[int]:
         """What the tokenizer itself puts before a plain text; what it may put behind is ours to decide."""
         probe = "a"

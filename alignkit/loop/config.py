@@ -23,7 +23,9 @@ class TrainConfig(Config):
 
     num_epochs: float = Field(1.0, gt=0, description="passes over the data; max_steps wins when given")
     max_steps: int | None = Field(None, ge=0, description="optimizer steps; null = num_epochs decides")
-    batch_size: int = Field(32, ge=1, description="units of one optimizer step over all ranks (pairs in DPO)")
+    batch_size: int = Field(
+        32, ge=1, description="units of one optimizer step over all ranks: pairs in DPO, completions online"
+    )
     micro_batch_tokens: int = Field(
         16384, ge=1, description="tokens of one forward as they are laid out; memory only, never results"
     )
@@ -32,6 +34,9 @@ class TrainConfig(Config):
     )
     epochs_per_round: int = Field(1, ge=1, description="passes over one round of groups")
     learning_rate: float = Field(1e-6, gt=0)
+    critic_learning_rate: float | None = Field(
+        None, gt=0, description="of the model that expects rewards, in ppo; null = ten times learning_rate"
+    )
     lr_scheduler: Literal["constant", "linear", "cosine"] = Field("linear", description="after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up; also with lr_scheduler constant")
     optim: Literal["adamw"] = Field("adamw")
@@ -45,6 +50,11 @@ class TrainConfig(Config):
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept, newest first")
     logging_steps: int = Field(1, ge=1)
     step0_checks: bool = Field(True, description="closed forms, and a few rows rescored by plain transformers")
+
+    @property
+    def critic_rate(self) -> float:
+        """The critic's learning rate."""
+        return self.learning_rate * 10 if self.critic_learning_rate is None else self.critic_learning_rate
 
 
 class EvalConfig(Config):

@@ -17,6 +17,7 @@ from alignkit.dist.engine import DistEngine
 from alignkit.loop.best import Best
 from alignkit.loop.config import SCORED, EvalConfig
 from alignkit.loop.reduction import combine, common_metrics, drop_single_term, global_counts
+from alignkit.loop.rollouts import distinct, shown
 from alignkit.loop.round import blank_like
 from alignkit.models.policy import SCORING_TOKENS, CausalPolicy
 from alignkit.models.roster import Roster
@@ -69,7 +70,7 @@ class Evaluator:
         if not self._groups:
             return {}
         with self._policy.evaluating():
-            totals = self._held_out()
+            totals = {} if self._algorithm.needs.rewards else self._held_out()
             record = {f"eval_{name}": value for name, value in self._algorithm.derive(values(totals)).items()}
             if self._config.num_samples:
                 record |= self._sampled(step)
@@ -127,11 +128,11 @@ class Evaluator:
             groups = self._scored(self._asked, lambda mine: self._sampler.fill(mine, 1))
         if self._samples is not None:
             for group in groups:
-                self._samples.log(_sample(step, group))
+                self._samples.log({"step": step, **shown(group)})
         tokens = [group.completions[0].tokens for group in groups]
         record = {
             "eval_samples/mean_length": sum(map(len, tokens)) / len(tokens),
-            "eval_samples/distinct_trigrams": _distinct(tokens, 3),
+            "eval_samples/distinct_trigrams": distinct(tokens, 3),
         }
         if self._config.rewards:
             if step == 0:
@@ -169,19 +170,6 @@ def _rewards(groups: Sequence[Group]) -> dict[str, float]:
     return {group.id: group.completions[0].reward for group in groups}
 
 
-def _sample(step: int, group: Group) -> dict[str, Any]:
-    """A line of samples.jsonl."""
-    completion = group.completions[0]
-    return {
-        "step": step,
-        "id": group.id,
-        "prompt": group.messages[-1].get("content", "") if group.messages else "",
-        "completion": completion.text,
-        "scores": {name: score.value for name, score in completion.scores.items() if score.valid},
-        "reward": completion.reward if isfinite(completion.reward) else None,
-    }
-
-
 def _distinct_prompts(groups: Sequence[Group]) -> list[Group]:
     """One group a prompt, its completions taken away, in order of appearance."""
     seen: dict[tuple[int, ...], Group] = {}
@@ -198,9 +186,8 @@ def chosen_answers(asked: Sequence[Group], groups: Sequence[Group]) -> list[Grou
     """
     answers: dict[tuple[int, ...], list[tuple[Group, Completion]]] = {}
     for group in groups:
-        alone = (
-            len(group.completions) == 1
-        )  # with the reward 0 when it is labelled undesirable, and no better one beside
+        # An answer alone has the reward 0 when it is labelled undesirable.
+        alone = len(group.completions) == 1
         liked = [answer for answer in group.completions if not (alone and answer.reward == 0)]
         answers.setdefault(tuple(group.prompt), []).extend((group, answer) for answer in liked)
     found = []
@@ -215,12 +202,6 @@ def chosen_answers(asked: Sequence[Group], groups: Sequence[Group]) -> list[Grou
             "none. Expected columns such as prompt and chosen; or compare with the start model: eval.opponent: start."
         )
     return found
-
-
-def _distinct(texts: Sequence[list[int]], n: int) -> float:
-    """Different n-grams of tokens over all of them; near 0 when every text says the same."""
-    grams = [tuple(text[i : i + n]) for text in texts for i in range(len(text) - n + 1)]
-    return len(set(grams)) / max(1, len(grams))
 
 
 def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:

@@ -12,12 +12,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from alignkit.loop.config import TrainConfig
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay spares biases and one-dimensional weights (norms)."""
-    trained = list(parameters)
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], config: TrainConfig, critic: Iterable[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """AdamW; weight decay spares biases and one-dimensional weights (norms). `critic` has a rate of its own."""
+    own = list(critic)
+    others = {id(p) for p in own}
+    policy = [p for p in parameters if id(p) not in others]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if (p.ndim >= 2) == decays], "weight_decay": decay, "lr": rate}
+        for trained, rate in ((policy, config.learning_rate), (own, config.critic_rate))
+        for decays, decay in ((True, config.weight_decay), (False, 0.0))
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

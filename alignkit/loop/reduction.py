@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from alignkit.core.contracts import Terms, World
-from alignkit.core.types import Batch, Forward, Metric
+from alignkit.core.types import BEHAVIOUR, Batch, Forward, Metric
 from alignkit.data.collate import select_units
 
 Counts = Mapping[str, float]
+DIFFERENCE = "sampling/sampling_logp_difference/mean"
+"""The metric that says how far whoever wrote the completions is from the policy, in nats a token."""
 
 
 def global_counts(batch: Batch, index: list[int], world: World) -> Counts:
@@ -65,11 +67,22 @@ def drop_single_term(totals: MutableMapping[str, Metric]) -> None:
         del totals[terms[0]]
 
 
-def common_metrics(out: Forward, batch: Batch) -> dict[str, Metric]:
-    """What every method logs."""
+def common_metrics(out: Forward, batch: Batch, *, fresh: bool = False) -> dict[str, Metric]:
+    """What every method logs; on a `fresh` round also how far the writer's log-probabilities are from the policy's."""
     metrics = {"num_input_tokens": Metric((batch.inputs["attention"] & batch["row"][:, None]).sum(), 1.0, "sum")}
     if out.entropy is not None:
         metrics["entropy"] = Metric.mean(out.entropy, batch["mask"])
     if out.correct is not None:
         metrics["mean_token_accuracy"] = Metric.mean(out.correct, batch["mask"])
+    if fresh and BEHAVIOUR in batch:
+        mask = batch["mask"]
+        apart = (out.logps.detach() - batch[BEHAVIOUR]).where(mask, 0.0)
+        ratio = apart.clamp(-20.0, 20.0).exp()
+        metrics |= {
+            DIFFERENCE: Metric.mean(apart.abs(), mask),
+            "sampling/sampling_logp_difference/max": Metric.extreme(apart.abs(), mask, "max"),
+            "sampling/importance_sampling_ratio/mean": Metric.mean(ratio, mask),
+            "sampling/importance_sampling_ratio/min": Metric.extreme(ratio, mask, "min"),
+            "sampling/importance_sampling_ratio/max": Metric.extreme(ratio, mask, "max"),
+        }
     return metrics

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from alignkit.core.contracts import World
 from alignkit.core.rng import permutation
-from alignkit.core.types import Batch, Group, Row, Unit
+from alignkit.core.types import Batch, Metric, Row, Unit
+from alignkit.track.metrics import Totals
 
 
 class Progress:
@@ -54,21 +55,31 @@ class Round:
         self.index = -1
         self.batch: Batch | None = None
         self.groups: list[str] = []
+        self._news: Totals = {}
         self._parts: list[list[int]] = []
         self._cursor = 0
 
-    def begin(self, index: int, batch: Batch, units: list[Unit], groups: list[Group], world: World) -> None:
-        """Take a new round: this rank's `units`, built of its share `groups`, in the order they were dealt.
+    def begin(
+        self,
+        index: int,
+        batch: Batch,
+        units: list[Unit],
+        dealt: Mapping[str, int],
+        world: World,
+        news: Totals | None = None,
+    ) -> None:
+        """Take a new round: this rank's `units`, and where the groups they are of stand among those of all ranks.
 
         Which unit falls into which part depends on the order of groups over all ranks, never on the rank layout,
-        however many units a group gives.
+        however many units a group gives. A unit that the batch's `unit` column does not count is in no part. `news` are
+        logged with the first part.
         """
-        self.index, self.batch, self._cursor = index, batch, 0
+        self.index, self.batch, self._cursor, self._news = index, batch, 0, dict(news or {})
         self.groups = [unit[0].group for unit in units]
-        # Groups are dealt to ranks like cards: group i of rank r is number i * size + r of the round.
-        dealt = {group.id: i * world.size + world.rank for i, group in enumerate(groups)}
-        everyone: list[list[int]] = world.gather([dealt.get(name, -1) for name in self.groups])
-        places = sorted((place, i, r) for r, found in enumerate(everyone) for i, place in enumerate(found))
+        counted: list[bool] = batch["unit"].tolist()
+        mine_dealt = [(i, dealt.get(name, -1)) for i, name in enumerate(self.groups) if counted[i]]
+        everyone: list[list[tuple[int, int]]] = world.gather(mine_dealt)
+        places = sorted((place, i, r) for r, found in enumerate(everyone) for i, place in found)
         mine = {i: number for number, (_, i, r) in enumerate(places) if r == world.rank}
         total = len(places)
         num_parts = math.ceil(total / self._batch_size)
@@ -83,6 +94,15 @@ class Round:
         """Local unit indices of the next optimizer batch (maybe none on this rank); None = the round is spent."""
         return self._parts[self._cursor] if self._cursor < len(self._parts) else None
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether no part has been trained on: the policy is the one that wrote the round's completions."""
+        return self._cursor == 0
+
+    def news(self) -> Totals:
+        """What is to be logged of the round, for its first part alone."""
+        return dict(self._news) if self.is_fresh else {}
+
     def advance(self) -> None:
         """The part in hand has been trained on."""
         self._cursor += 1
@@ -91,10 +111,11 @@ class Round:
         """Everything of an unfinished round; of a spent one only its index."""
         state: dict[str, Any] = {"index": self.index, "cursor": self._cursor, "parts": self._parts, "batch": None}
         if self.part() is None or self.batch is None:
-            return {**state, "parts": [], "cursor": 0, "groups": []}
+            return {**state, "parts": [], "cursor": 0, "groups": [], "news": {}}
         return {
             **state,
             "groups": self.groups,
+            "news": {name: [float(m.sum), float(m.count), m.how] for name, m in self._news.items()},
             "batch": {"inputs": self.batch.inputs, "columns": self.batch.columns, "k": self.batch.k},
         }
 
@@ -102,6 +123,7 @@ class Round:
         """Take up the round where it was left."""
         self.index, self._cursor, self._parts = state["index"], state["cursor"], state["parts"]
         self.groups = state["groups"]
+        self._news = {name: Metric(*fields) for name, fields in state["news"].items()}
         saved = state["batch"]
         self.batch = None if saved is None else Batch(saved["inputs"], saved["columns"], saved["k"])
 

@@ -1,6 +1,6 @@
 """The loop. Read `run` and `update`: there is no other.
 
-A round is: groups from the stream, completions, scores, units, columns, annotations; then one or more optimizer steps.
+A round is: scored completions (`rollouts.py`), units, columns, annotations; then one or more optimizer steps.
 Nothing here knows which algorithm runs.
 """
 
@@ -16,24 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignkit.core.contracts import Algorithm, RolloutEngine, Stateful
+from alignkit.core.contracts import Algorithm, Stateful
 from alignkit.core.errors import Interrupted, RunFailed
 from alignkit.core.rng import key
-from alignkit.core.types import Batch, Forward, Group
+from alignkit.core.types import Batch, Forward
 from alignkit.data.collate import collate, select_units
-from alignkit.data.stream import Stream
 from alignkit.dist.engine import DistEngine
 from alignkit.loop.checkpoint import Checkpoints
 from alignkit.loop.config import TrainConfig
 from alignkit.loop.evaluate import Evaluator
 from alignkit.loop.failure import dump_batch, nonfinite_message
 from alignkit.loop.reduction import combine, common_metrics, drop_single_term, emptied, global_counts
+from alignkit.loop.rollouts import Rollouts
 from alignkit.loop.round import Progress, Round, blank_like
 from alignkit.loop.signals import StopRequest
-from alignkit.loop.truths import check_closed_form, check_reference, check_rows
+from alignkit.loop.truths import check_closed_form, check_reference, check_rows, check_sampling
 from alignkit.models.policy import CausalPolicy
 from alignkit.models.roster import Roster
-from alignkit.track.metrics import Totals, add, reduce, values
+from alignkit.track.metrics import add, reduce, values
 from alignkit.track.tracker import Tracker
 
 LOGGED = frozenset({"entropy", "correct"})
@@ -52,9 +52,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     dist: DistEngine
-    stream: Stream
-    engine: RolloutEngine
-    rewards: Callable[[list[Group]], list[Group]]
+    rollouts: Rollouts
     roster: Roster
     progress: Progress
     round: Round
@@ -63,6 +61,7 @@ class Trainer:
     evaluator: Evaluator
     write_model: Callable[[Path], None]
     starts_at_reference: bool
+    max_logp_difference: float | None = None
     stop: StopRequest = field(default_factory=StopRequest)
 
     def run(self) -> None:
@@ -79,18 +78,18 @@ class Trainer:
                 self.evaluate()
             for index in self.progress.rounds():
                 if self.round.index != index:
-                    groups = self.rewards(self.engine.fill(self.stream.take(), needs.completions))
+                    groups, news = self.rollouts.collect(self.progress.version)
                     self.roster.refresh(index)
                     units = algorithm.build(groups)
                     batch = collate(units, blank_like(units, self.dist.world))
                     batch = self.roster.fill(batch, needs.columns, needs.slots)
-                    self.round.begin(index, algorithm.annotate(batch, self.dist.world), units, groups, self.dist.world)
+                    batch = algorithm.annotate(batch, self.dist.world)
+                    self.round.begin(index, batch, units, self.rollouts.places, self.dist.world, news)
                     if self.progress.step == 0 and self.config.step0_checks:
                         check_rows(self.policy, units, self.dist.dtype)
                 while (part := self.round.part()) is not None and self.progress.step < self.progress.total_steps:
                     self.update(part)
                     self.due()
-                self.engine.sync(self.progress.version)
             if self.progress.step == 0 < self.progress.total_steps:
                 raise RunFailed("no row gave anything to train on: the algorithm built no unit of any of them")
             self.track.flush()
@@ -104,14 +103,14 @@ class Trainer:
         self.dist.seed(key(self.seed, "step", step, self.dist.world.rank))  # adapter dropout draws from it
         outputs = self.algorithm.needs.outputs | (LOGGED if self.track.wants(step) else frozenset())
         counts = global_counts(batch, part, self.dist.world)
-        micros, totals = self.micros(batch, part), Totals()
+        micros, totals, fresh = self.micros(batch, part), self.round.news(), self.round.is_fresh
 
         def objective(out: Forward, some: Batch) -> Tensor:
             if step == 1 and self.config.step0_checks and self.starts_at_reference:
                 check_reference(out.logps, some, self.dist.dtype)
             terms, metrics = self.algorithm.loss(out, some)
             loss, logged = combine(terms, some, counts)
-            add(totals, {**logged, **metrics, **common_metrics(out, some)})
+            add(totals, {**logged, **metrics, **common_metrics(out, some, fresh=fresh)})
             return loss
 
         for i, micro in enumerate(micros):
@@ -124,6 +123,7 @@ class Trainer:
             raise self.nonfinite(part, {**found, "grad_norm": grad_norm})
         if step == 1 and self.config.step0_checks and self.starts_at_reference:
             check_closed_form(self.algorithm.at_reference(), found, self.dist.dtype)
+        check_sampling(found, self.max_logp_difference)
         learning_rate = float(self.scheduler.get_last_lr()[0])
         self.dist.step()  # from here to the counters nothing may fail: what a checkpoint holds moves together
         self.scheduler.step()
@@ -134,7 +134,7 @@ class Trainer:
         del totals["num_input_tokens"]
         drop_single_term(totals)
         seconds = time.perf_counter() - started
-        facts = {"epoch": self.stream.epoch, "learning_rate": learning_rate, "grad_norm": grad_norm}
+        facts = {"epoch": self.rollouts.stream.epoch, "learning_rate": learning_rate, "grad_norm": grad_norm}
         facts["num_tokens"] = self.progress.tokens
         self.track.step(step, totals, facts, {"step_time": seconds, "perf/tokens_per_second": tokens / seconds})
 
@@ -162,7 +162,7 @@ class Trainer:
         step, best = self.progress.step, self.evaluator.best
         if self.evaluator.last_step != step:
             if record := self.evaluator.measure(step):
-                self.track.log({"step": step, "epoch": self.stream.epoch, **record})
+                self.track.log({"step": step, "epoch": self.rollouts.stream.epoch, **record})
             improved = best.judge(step, record)
             if best.exhausted:
                 self.progress.stop()
@@ -175,7 +175,7 @@ class Trainer:
             "progress": self.progress,
             "optimizer": self.optimizer,
             "lr_scheduler": self.scheduler,
-            "stream": self.stream,
+            "stream": self.rollouts.stream,
             "algorithm": self.algorithm,
             "track": self.track,
             "evaluator": self.evaluator,

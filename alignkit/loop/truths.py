@@ -10,6 +10,7 @@ from torch import Tensor
 from alignkit.core.errors import RunFailed
 from alignkit.core.types import Batch, Row, Unit
 from alignkit.data.collate import collate
+from alignkit.loop.reduction import DIFFERENCE
 from alignkit.models.plain import PlainLogps
 from alignkit.models.policy import CausalPolicy
 
@@ -74,6 +75,22 @@ def check_reference(out_logps: Tensor, batch: Batch, dtype: torch.dtype) -> None
             "step-0 truth: before the first step the policy's log-probabilities differ from the reference's by "
             f"{found}. A wrong adapter or models.reference, a stale cache of its log-probabilities, or dropout. "
             "Nothing was trained. `train.step0_checks: false` skips this check."
+        )
+
+
+def check_sampling(found: Mapping[str, float], allowed: float | None) -> None:
+    """The completions are the policy's own, token by token. `allowed` in nats a token on average; None = not checked.
+
+    Raises:
+        RunFailed: whoever wrote them is too far from the policy.
+    """
+    apart = found.get(DIFFERENCE)
+    if apart is not None and allowed is not None and apart > allowed:
+        raise RunFailed(
+            f"the log-probabilities that came with the completions differ from the policy's by {apart:.3g} nats a "
+            f"token on average (rollout.max_logp_difference allows {allowed:g}): what wrote them does not hold these "
+            "weights, or computes them otherwise. The step was not taken. Look at a stale vLLM server, its dtype and "
+            "its --logprobs-mode, or raise the limit if the difference is meant."
         )
 
 

@@ -159,6 +159,8 @@ def load_base(config: ModelConfig, dtype: torch.dtype, heads: Heads = LANGUAGE, 
         model.score.float()
         if not has_score:
             fresh_score(model, seed)
+            if heads.zero:
+                nn.init.zeros_(model.score.weight)
     if Path(path).is_dir():  # an adapter remembers its base by this, and is loaded from anywhere
         model.name_or_path = str(Path(path).resolve())
     for name, value in noise.items():  # what is exported must say what the original said
@@ -230,6 +232,7 @@ def _with_adapter(model: Any, config: ModelConfig, adapter: str | None, seed: in
                     lora_alpha=lora.alpha,
                     lora_dropout=lora.dropout,
                     target_modules=lora.target_modules,
+                    exclude_modules=["score"] if heads.kind == "token" else None,  # trained whole, as peft sees to
                     task_type={"language": "CAUSAL_LM", "sequence": "SEQ_CLS", "token": "TOKEN_CLS"}[heads.kind],
                 ),
             )

@@ -36,7 +36,7 @@ class PlainLogps(NamedTuple):
 
 
 @torch.no_grad()
-def plain_logps(bare: Any, row: Row, device: torch.device) -> PlainLogps:
+def plain_logps(bare: Any, row: Row, device: torch.device, temperature: float = 1.0) -> PlainLogps:
     """The row through the model's own forward, as it stands: mode, adapters, autocast. On the CPU."""
     length = len(row.tokens)
     choosable = "logits_to_keep" in inspect.signature(causal_model(bare).forward).parameters
@@ -46,7 +46,7 @@ def plain_logps(bare: Any, row: Row, device: torch.device) -> PlainLogps:
     by_shift = torch.zeros(SHIFTS, length)
     tokens = torch.tensor(row.tokens)
     for start in range(0, len(logits), PIECE):
-        table = logits[start : start + PIECE].float().log_softmax(-1).cpu()
+        table = logits[start : start + PIECE].float().div(temperature).log_softmax(-1).cpu()
         for shift in range(SHIFTS):
             predicted = tokens[first + start + shift :][: len(table)]
             there = slice(first + start + shift, first + start + shift + len(predicted))

@@ -46,7 +46,9 @@ from alignkit.ops.logps import Head, TokenScores, chunked_logps, head_logits, on
 
 SCORING_TOKENS = 8192
 """Tokens of one no-grad forward."""
-LOGPS, SCORES = frozenset({"logps"}), frozenset({"scores"})
+LOGPS, SCORES, VALUES = frozenset({"logps"}), frozenset({"scores"}), frozenset({"values"})
+CRITIC = "critic"
+"""The folder of the critic's weights, inside the policy's."""
 FULL_PRECISION, LOW_PRECISION = 1e-4, 0.1
 """Nats a token by which two ways of computing the same may differ on average, in float32 and in bfloat16."""
 
@@ -61,17 +63,19 @@ class ForwardOptions:
     layout: str = "auto"
     attn_implementation: str | None = None
     activation_offload: bool = False
+    temperature: float = 1.0
+    """Log-probabilities are those of the model when it writes at this temperature."""
 
 
 class _Scorer(nn.Module):
     """Body, head and loss in one module: whatever wraps it for several processes sees every weight used in one call."""
 
-    def __init__(self, model: Any, dist: DistEngine, offload: bool) -> None:
+    def __init__(self, model: Any, dist: DistEngine, options: ForwardOptions, critic: Any = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.critic = model, critic
         self.own_head = False
         """Rows go through the model's own output layer, whatever heads there are."""
-        self._dist, self._offload = dist, offload
+        self._dist, self._offload, self._temperature = dist, options.activation_offload, options.temperature
 
     def forward(self, batch: Batch, outputs: frozenset[str], path: Path, objective: Objective | None) -> Any:
         """Forward of a batch (on the CPU), or the loss that `objective` makes of its units."""
@@ -81,23 +85,39 @@ class _Scorer(nn.Module):
             if path.scores:
                 out = self._scores(inputs, whole)
                 return out if objective is None else objective(out, whole)
+            values = self._values(inputs) if "values" in outputs else None
+            if values is not None and outputs == VALUES:
+                return _forward_of(whole, TokenScores(torch.zeros_like(values), None, None, values))
             targets = whole.inputs["tokens"][whole["mask"]]
             wants = {"entropy": "entropy" in outputs, "correct": "correct" in outputs}
             heads = extra(self.model)
             if isinstance(heads, LanguageHeads) and not self.own_head:
                 return self._many_heads(batch, whole, inputs, targets, heads, path, outputs, objective, wants)
-            head = path.head if "logits" not in outputs else None
-            if head is None:
+            if path.head is None or "logits" in outputs:
                 logits = self._logits(inputs)
-                out = _forward_of(whole, picked_logps(logits, targets, **wants))
+                out = _forward_of(whole, picked_logps(logits, targets, **wants)._replace(values=values))
                 if "logits" in outputs:
                     out = _with_logits(out, whole, logits)
                 return out if objective is None else objective(out, whole)
-            states = self._states(inputs, self.model)
+            head, states = self._tempered(path.head), self._states(inputs, self.model)
             if objective is not None and torch.is_grad_enabled():
-                return self._one_pass(batch, whole, states, head, targets, objective, wants)
-            out = _forward_of(whole, chunked_logps(states, head, targets, **wants))
+                return self._one_pass(batch, whole, states, head, targets, objective, wants, values)
+            out = _forward_of(whole, chunked_logps(states, head, targets, **wants)._replace(values=values))
         return out if objective is None else objective(out, whole)
+
+    def _tempered(self, head: Head) -> Head:
+        """The head whose logits are this one's over the temperature."""
+        if self._temperature == 1.0:
+            return head
+        softcap = None if head.softcap is None else head.softcap / self._temperature
+        return replace(head, scale=head.scale / self._temperature, softcap=softcap)
+
+    def _values(self, inputs: Inputs) -> Tensor:
+        """What the critic says before each scored token, [S], in float32."""
+        states = self._states(inputs, self.critic)
+        with torch.autocast(states.device.type, enabled=False):
+            values: Tensor = score_layer(self.critic)(states if states.dtype == torch.float64 else states.float())
+        return values.squeeze(-1)
 
     def _many_heads(
         self,
@@ -115,7 +135,7 @@ class _Scorer(nn.Module):
         own, why = read_head(causal_model(self.model))
         if own is None:
             raise ValueError(f"several heads need the formula of the model's own: {why}")
-        layers = [replace(own, weight=weight, bias=None) for weight in heads.weights]
+        layers = [replace(self._tempered(own), weight=weight, bias=None) for weight in heads.weights]
         chosen = batch.inputs["head"].long()
         states = self._states(inputs, self.model)
         of_token = chosen[:, None].expand(batch["mask"].shape)[batch["mask"]].to(states.device)
@@ -169,6 +189,7 @@ class _Scorer(nn.Module):
         targets: Tensor,
         objective: Objective,
         wants: dict[str, bool],
+        values: Tensor | None = None,
     ) -> Tensor:
         sizes = batch.by_unit(batch["mask"].sum(-1)).sum(-1).tolist()
         units = unit_chunks(sizes, head.weight.shape[0] * 4)
@@ -182,7 +203,7 @@ class _Scorer(nn.Module):
             return objective(_forward_of(part, scores), part)
 
         chunks = [(bounds[first], bounds[stop]) for first, stop in units]
-        return one_pass_loss(states, head, targets, chunks, share, **wants)
+        return one_pass_loss(states, head, targets, chunks, share, values=values, **wants)
 
     def _states(self, inputs: Inputs, model: Any) -> Tensor:
         """The hidden state before each scored token, [S, hidden]."""
@@ -195,7 +216,7 @@ class _Scorer(nn.Module):
         """The model's own logits before each scored token, [S, V]."""
         with self._offloading():
             logits: Tensor = causal_model(self.model)(**_arguments(inputs)).logits
-            return logits.flatten(0, 1).index_select(0, inputs.scored)
+            return logits.flatten(0, 1).index_select(0, inputs.scored) / self._temperature
 
     def _offloading(self) -> Any:
         on = self._offload and torch.is_grad_enabled() and self._dist.device.type != "cpu"
@@ -228,6 +249,7 @@ def _forward_of(batch: Batch, scores: TokenScores) -> Forward:
         logps=rows(scores.logps),
         entropy=None if scores.entropy is None else rows(scores.entropy),
         correct=None if scores.correct is None else rows(scores.correct),
+        values=None if scores.values is None else rows(scores.values),
     )
 
 
@@ -235,32 +257,42 @@ def _with_logits(out: Forward, batch: Batch, logits: Tensor) -> Forward:
     mask = batch["mask"]
     full = logits.new_zeros(*mask.shape, logits.shape[-1])
     full = full.masked_scatter(mask[..., None], logits)
-    return Forward(logps=out.logps, entropy=out.entropy, correct=out.correct, logits=full)
+    return replace(out, logits=full)
 
 
 class CausalPolicy:
     """A transformers causal LM, full or with adapters, that scores batches; or classifiers of its family.
 
     `module` is what training forwards call (wrapped for several processes), `bare` the model itself, `path` the way it
-    takes from rows to log-probabilities, `heads` what stands on its backbone.
+    takes from rows to log-probabilities, `heads` what stands on its backbone. `critic` is a token classifier with one
+    score, which says what it expects of a row before each of its tokens (`Forward.values`).
 
     Raises:
         RecipeError: the model cannot take the layout that `options` name.
     """
 
     def __init__(
-        self, bare: Any, dist: DistEngine, options: ForwardOptions | None = None, heads: Heads = LANGUAGE
+        self,
+        bare: Any,
+        dist: DistEngine,
+        options: ForwardOptions | None = None,
+        heads: Heads = LANGUAGE,
+        critic: Any = None,
     ) -> None:
         options = options if options is not None else ForwardOptions()
-        self.bare, self.dist, self.heads = bare, dist, heads
-        self._layout = options.layout
-        self._scorer = _Scorer(bare, dist, options.activation_offload)
+        self.bare, self.dist, self.heads, self.critic = bare, dist, heads, critic
+        self._layout, self.temperature = options.layout, options.temperature
+        self._scorer = _Scorer(bare, dist, options, critic)
         self.module: nn.Module = self._scorer
         ways = [
             choose_path(model, options.layout, options.attn_implementation, scores=not heads.is_language)
             for model in members(bare)
         ]
         self.path = ways[0]
+        if critic is not None:
+            way = choose_path(critic, options.layout, options.attn_implementation, scores=True)
+            if way.layout != self.path.layout:
+                self.path = padded(self.path, f"the critic goes another way ({way})")
 
     @property
     def is_peft(self) -> bool:
@@ -273,8 +305,12 @@ class CausalPolicy:
         return self.is_peft and members(self.bare)[0].peft_config[POLICY_ADAPTER].lora_dropout > 0
 
     def parameters(self) -> list[nn.Parameter]:
-        """What trains."""
-        return [p for p in self.bare.parameters() if p.requires_grad]
+        """What trains, the critic's weights last."""
+        return [*(p for p in self.bare.parameters() if p.requires_grad), *self.critic_parameters()]
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """What trains of the critic."""
+        return [] if self.critic is None else [p for p in self.critic.parameters() if p.requires_grad]
 
     def forward(self, batch: Batch, outputs: frozenset[str]) -> Forward:
         """Log-probabilities (and what else `outputs` names) of a batch, on the run's device.
@@ -353,7 +389,7 @@ class CausalPolicy:
             heads = extra(self.bare)
             weight = heads.weights[int(row.inputs.get("head", 0))] if isinstance(heads, LanguageHeads) else None
             with nullcontext() if weight is None else output_layer(self.bare, weight):
-                return plain_logps(self.bare, row, self.dist.device)
+                return plain_logps(self.bare, row, self.dist.device, self.temperature)
 
     @contextmanager
     def on_padded_rows(self) -> Iterator[None]:
@@ -387,13 +423,15 @@ class CausalPolicy:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """No gradient, eval mode; the mode before is restored."""
-        was_training = self.bare.training
-        self.bare.eval()
+        modes = [(model, model.training) for model in (self.bare, self.critic) if model is not None]
+        for model, _ in modes:
+            model.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.bare.train(was_training)
+            for model, was_training in modes:
+                model.train(was_training)
 
     def save(self, folder: Folder, dtype: torch.dtype | None = None) -> None:
         """A folder plain transformers (or peft) loads, its weights in `dtype`; None = as they are trained.
@@ -406,6 +444,8 @@ class CausalPolicy:
             with mixed(model), detached(model):
                 _save(model, place, dtype)
             save_heads(model, place)
+        if self.critic is not None:
+            _save(self.critic, folder / CRITIC, dtype)
 
     def load(self, folder: Folder) -> None:
         """Weights from a folder `save` wrote, bit for bit."""
@@ -413,6 +453,8 @@ class CausalPolicy:
             with detached(model):
                 _load(model, place)
             load_heads(model, place)
+        if self.critic is not None:
+            _load(self.critic, folder / CRITIC)
 
     def folders(self, folder: Folder) -> list[Folder]:
         """Where `save` puts each model: the folder itself, or one inside it for each of several."""
@@ -421,7 +463,13 @@ class CausalPolicy:
 
     def broken_weights(self) -> list[str]:
         """Names of weights that hold nan or infinity."""
-        return [name for name, p in self.bare.named_parameters() if not bool(torch.isfinite(p.detach()).all())]
+        models = {"": self.bare} if self.critic is None else {"": self.bare, f"{CRITIC}.": self.critic}
+        return [
+            prefix + name
+            for prefix, model in models.items()
+            for name, p in model.named_parameters()
+            if not bool(torch.isfinite(p.detach()).all())
+        ]
 
 
 def _save(model: Any, folder: Folder, dtype: torch.dtype | None) -> None:

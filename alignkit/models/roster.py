@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor
 
 from alignkit.core.errors import RunFailed
-from alignkit.core.types import Batch, Forward, Unit
+from alignkit.core.types import BEHAVIOUR, Batch, Forward, Unit
 from alignkit.data.collate import select_units
 from alignkit.models.cache import Bar, LogpsCache
 from alignkit.models.policy import SCORING_TOKENS, CausalPolicy
 
 NO_SLOTS: Mapping[str, tuple[int, ...]] = {}
 """Every column for all rows."""
+OLD, WEIGHT = "policy.logps", "behaviour.weight"
+"""Columns about the writer of a completion: the policy's log-probabilities before the round, and importance weights."""
 
 
 class ScoringModel(Protocol):
@@ -67,6 +70,18 @@ class FrozenModel:
         gc.collect()
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """What to make of the log-probabilities that come with completions.
+
+    `trusted`: they are the policy's own, so no pass is needed for them. Where they are not, a token counts as much more
+    or less as the policy likes it better or worse than its writer did, at most `cap` times; None = always once.
+    """
+
+    trusted: bool = True
+    cap: float | None = None
+
+
 class Roster:
     """Models by name, and their log-probability caches by name.
 
@@ -74,9 +89,14 @@ class Roster:
     """
 
     def __init__(
-        self, policy: CausalPolicy, models: Mapping[str, ScoringModel], caches: Mapping[str, LogpsCache]
+        self,
+        policy: CausalPolicy,
+        models: Mapping[str, ScoringModel],
+        caches: Mapping[str, LogpsCache],
+        sampled: Sampled | None = None,
     ) -> None:
         self._policy, self._models, self._caches = policy, dict(models), dict(caches)
+        self._sampled = sampled if sampled is not None else Sampled()
 
     def refresh(self, round: int) -> None:
         """The one moment other models move: after scoring, before columns. None moves yet."""
@@ -90,12 +110,25 @@ class Roster:
         Raises:
             RunFailed: a model answers nan or infinity.
         """
-        return batch.with_columns(
-            {
-                name: self._partly(batch, name, slots[name]) if name in slots else self._column(batch, name)
-                for name in sorted(columns)
-            }
-        )
+        known: dict[str, Tensor] = {}
+        for name in sorted({*columns} - {WEIGHT}):
+            if name == OLD and self._sampled.trusted and BEHAVIOUR in batch:
+                known[name] = batch[BEHAVIOUR]
+            else:
+                known[name] = self._partly(batch, name, slots[name]) if name in slots else self._column(batch, name)
+        if WEIGHT in columns:
+            known[WEIGHT] = self._weight(batch, known.get(OLD))
+        return batch.with_columns(known)
+
+    def _weight(self, batch: Batch, old: Tensor | None) -> Tensor:
+        """[N, L]: how much likelier the policy finds each token than its writer did, cut off above; 1 where not asked.
+
+        Source: truncated importance sampling.
+        """
+        cap = self._sampled.cap
+        if old is None or cap is None or self._sampled.trusted or BEHAVIOUR not in batch:
+            return torch.ones(batch["mask"].shape)
+        return (old - batch[BEHAVIOUR]).clamp(-20.0, 20.0).exp().clamp(max=cap).where(batch["mask"], 1.0)
 
     def precompute(
         self, units: Sequence[Unit], columns: Iterable[str], progress: Callable[[str], None], bar: Bar

@@ -1,12 +1,18 @@
-"""A run as it is watched: a progress bar on a terminal, one plain line per record everywhere else."""
+"""A run as it is watched: a progress bar on a terminal, one plain line per record everywhere else.
+
+A line says when one of the health checks changes its verdict, and the end says them all.
+"""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignkit.track.folder import read_lines
+from alignkit.track.health import WINDOW, History, Verdict, judge
 from alignkit.track.text import duration, number
 
 if TYPE_CHECKING:
@@ -25,13 +31,19 @@ class ConsoleSink:
         self._bar: Progress | None = None
         self._total = self._first = 0
         self._started = 0.0
+        self._recipe: Mapping[str, Any] = {}
+        self._history = History()
+        self._verdicts: dict[str, Verdict] = {}
 
     def start(self, facts: Mapping[str, Any]) -> None:
         """Note the time and, on a terminal, show the bar."""
         self._total, self._first, self._started = facts["total_steps"], facts["start_step"], self._clock()
         if self.quiet:
             return
+        self._recipe = facts["recipe"]
         if facts["resumed"]:
+            self._history = History(read_lines(Path(facts["output_dir"]) / "metrics.jsonl"))
+            self._verdicts = {check.name: check.verdict for check in judge(self._history, self._recipe)}
             self._print(f"resumed after step {self._first} of {self._total}")
         if self.console.is_interactive and not self.console.no_color and not os.environ.get("CI"):
             self._bar = _progress_bar(self.console)
@@ -44,17 +56,33 @@ class ConsoleSink:
             return
         if any(name.startswith("eval_") for name in record):
             self._print(self._evaluation_line(record))
-        elif self._bar is None:
+            return
+        if self._bar is None:
             self._print(self._training_line(record))
         else:
             numbers = _bar_numbers(record, self.console.width)
             self._bar.update(self._bar.task_ids[0], completed=record["step"], numbers=numbers)
+        self._history.add(record)
+        if self._history.count % WINDOW == 0:  # judged on records that no earlier judgement saw: no flicker
+            self._tell_changes(record)
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Leave the terminal as it was, and say how the run is."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+        checks = judge(self._history, self._recipe)
+        width = max((len(check.name) for check in checks), default=0)
+        for check in checks:
+            self._print(f"health  {check.verdict:<5}  {check.name:<{width}}  {check.text} {check.link}")
+
+    def _tell_changes(self, record: Mapping[str, Any]) -> None:
+        for check in judge(self._history, self._recipe):
+            before = self._verdicts.get(check.name, "ok")
+            if check.verdict != before:
+                change = f"{check.name}: {check.verdict}, was {before}."
+                self._print("  ".join(["health", *self._where(record), change, f"{check.text} {check.link}"]))
+            self._verdicts[check.name] = check.verdict
 
     def _print(self, line: str) -> None:
         # A log line is for grep as well: never wrapped, never recoloured.

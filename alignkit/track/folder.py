@@ -80,8 +80,8 @@ def read_run(path: Path) -> RunFolder:
         recipe_text=recipe_file.read_text(encoding="utf-8") if recipe_file.is_file() else "",
         recipe=_yaml(recipe_file) or {},
         departures=_yaml(path / "departures.yaml"),
-        records=_lines(path / "metrics.jsonl"),
-        samples=_lines(path / "samples.jsonl"),
+        records=read_lines(path / "metrics.jsonl"),
+        samples=read_lines(path / "samples.jsonl"),
         data_report=_json(path / "data_report.json"),
         lock=_json(path / "run.lock"),
         best=_json(path / "best.json"),
@@ -165,8 +165,11 @@ def _json(path: Path) -> Any:
         raise DataError(f"{path} is damaged: {error}. Restore it, or delete it to do without.") from None
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file. An unfinished last line is what a killed run leaves, and is not read."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, none without it. An unfinished last line, as a killed run leaves, is not read.
+
+    Raises: DataError when a line is no JSON.
+    """
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]

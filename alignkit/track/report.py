@@ -12,6 +12,7 @@ from typing import Any
 
 from alignkit.core.errors import RecipeError
 from alignkit.track.folder import Curve, RunFolder, WinRate, better, read_run
+from alignkit.track.health import History, judge
 from alignkit.track.page import details, note, page, section, table
 from alignkit.track.plots import Line, draw
 from alignkit.track.samples import sample_win_rate, samples_after, samples_before_after
@@ -63,6 +64,7 @@ def _one_run(run: RunFolder) -> str:
         note(f"aligned with {run.algorithm}"),
         f'<p class="verdict">{escape(verdict(run, rate))}</p>',
         *([note(best_weights(run.best))] if run.best is not None else []),
+        *_health(run),
         section("Departures from the defaults", _departures(run)),
         section("Key numbers", _key_numbers(run)),
         section("Curves", _curves({"": run})),
@@ -125,6 +127,15 @@ def best_weights(best: Mapping[str, Any]) -> str:
     if best["step"] == best["last_step"]:
         return f"{found}, {end}: best/ and this folder hold the same weights."
     return f"{found}: the weights are in best/. This folder holds those of step {best['last_step']}, {end}."
+
+
+def _health(run: RunFolder) -> list[str]:
+    """The panel; no section where no check applies."""
+    checks = judge(History(run.records), run.recipe)
+    rows = [[check.name, check.verdict, number(check.value), check.text, check.link] for check in checks]
+    head = ["check", "verdict", "number", "what it says", "what to do"]
+    caption = "Judged by the last ten records, and against the first ten where it is about a change."
+    return [section("Health", table(head, rows, caption=caption))] if rows else []
 
 
 def _departures(run: RunFolder) -> str:

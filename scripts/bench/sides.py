@@ -28,7 +28,7 @@ def alignkit_offline(job: Job, gate: Gate) -> Evidence:
         assembled = assemble(*arguments)
         gate.model_built()
         trainer = assembled.trainer
-        take, train, due = trainer.stream.take, trainer.run, trainer.due
+        take, train, due = trainer.rollouts.stream.take, trainer.run, trainer.due
 
         def observed() -> Any:
             groups = take()
@@ -48,7 +48,7 @@ def alignkit_offline(job: Job, gate: Gate) -> Evidence:
             due()
             gate.passed()
 
-        trainer.stream.take, trainer.run, trainer.due = observed, begun, stepped
+        trainer.rollouts.stream.take, trainer.run, trainer.due = observed, begun, stepped
         return assembled
 
     run.assemble = gated

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alignkit.core.types import Group, Row, Unit
+from alignkit.core.types import Row, Unit
 from alignkit.data.collate import collate
 from alignkit.loop.round import Progress, Round, blank_like
 
@@ -28,8 +28,8 @@ def units(*names: str) -> list[Unit]:
     return [(Row(tokens=[1, 2], trained=[False, True], group=name),) for name in names]
 
 
-def groups(*names: str) -> list[Group]:
-    return [Group(id=name, messages=[], prompt=[1]) for name in names]
+def places(*names: str) -> dict[str, int]:
+    return {name: i for i, name in enumerate(names)}
 
 
 def dealt(total: int, size: int, batch_size: int, epochs: int, given: tuple[int, ...] = (1,)) -> list[set[str]]:
@@ -38,13 +38,13 @@ def dealt(total: int, size: int, batch_size: int, epochs: int, given: tuple[int,
     gives = {name: given[i % len(given)] for i, name in enumerate(names)}
     hands = [names[rank::size] for rank in range(size)]
     built = [[name for name in hand for _ in range(gives[name])] for hand in hands]
-    said = [[names.index(name) for name in mine] for mine in built]
+    said = [[(i, names.index(name)) for i, name in enumerate(mine)] for mine in built]
     parts: list[set[str]] = []
     for rank, mine in enumerate(built):
         round_ = Round(0, batch_size, epochs)
         made = units(*mine)
         batch = collate(made, units("blank")[0])
-        round_.begin(3, batch, made, groups(*hands[rank]), SimulatedRank(rank, said))
+        round_.begin(3, batch, made, places(*names), SimulatedRank(rank, said))
         number = 0
         while (part := round_.part()) is not None:
             if rank == 0:
@@ -78,7 +78,7 @@ def test_every_epoch_takes_every_unit_once_in_its_own_order() -> None:
 
 def test_a_rank_without_units_takes_part_with_nothing() -> None:
     round_ = Round(0, 4, 1)
-    round_.begin(0, collate([]), [], [], SimulatedRank(1, [[0], []]))
+    round_.begin(0, collate([]), [], {}, SimulatedRank(1, [[(0, 0)], []]))
     assert round_.part() == []
     round_.advance()
     assert round_.part() is None
@@ -87,7 +87,9 @@ def test_a_rank_without_units_takes_part_with_nothing() -> None:
 def test_half_a_round_is_taken_up_where_it_was_left() -> None:
     five = units("a", "b", "c", "d", "e")
     before = Round(0, 2, 1)
-    before.begin(4, collate(five), five, groups("a", "b", "c", "d", "e"), SimulatedRank(0, [[0, 1, 2, 3, 4]]))
+    before.begin(
+        4, collate(five), five, places("a", "b", "c", "d", "e"), SimulatedRank(0, [[(i, i) for i in range(5)]])
+    )
     before.advance()
     after = Round(0, 2, 1)
     after.load_state_dict(before.state_dict())
@@ -99,7 +101,7 @@ def test_half_a_round_is_taken_up_where_it_was_left() -> None:
 def test_a_spent_round_is_remembered_by_its_index_only() -> None:
     one = units("a")
     round_ = Round(0, 2, 1)
-    round_.begin(4, collate(one), one, groups(one[0][0].group), SimulatedRank(0, [[0]]))
+    round_.begin(4, collate(one), one, places(one[0][0].group), SimulatedRank(0, [[(0, 0)]]))
     round_.advance()
     state = round_.state_dict()
     assert (state["index"], state["batch"], state["parts"], state["groups"]) == (4, None, [], [])

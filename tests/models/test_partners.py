@@ -26,7 +26,7 @@ def test_only_the_slots_asked_for_are_scored(bench):
     recipe = bench.recipe("slots")
     Path(recipe.output_dir).mkdir(parents=True)
     trainer = assemble(recipe, DistEngine(torch.float32), Console(quiet=True)).trainer
-    groups = trainer.stream.take()
+    groups = trainer.rollouts.stream.take()
     batch = collate(trainer.algorithm.build([*groups, *groups[:1]]))
     everything = trainer.roster.fill(batch, {"policy.logps"})["policy.logps"]
     for slot in (0, 1):

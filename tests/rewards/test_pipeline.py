@@ -3,15 +3,27 @@
 import math
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+from alignkit.core.config import CombineConfig
 from alignkit.core.errors import DataError, RecipeError, RunFailed
 from alignkit.core.types import Completion, Group, RewardOutput
 from alignkit.rewards.config import RewardConfig
-from alignkit.rewards.pipeline import build_sources, reward_batch, reward_name, score_groups
+from alignkit.rewards.pipeline import (
+    build_sources,
+    check_columns,
+    reward_batch,
+    reward_metrics,
+    reward_name,
+    score_groups,
+)
 from alignkit.rewards.rules import WordValence
+from alignkit.rewards.transforms import Transform
 
 STOP = 9
 
@@ -19,8 +31,8 @@ STOP = 9
 def groups():
     """Two prompts with two and one completions."""
     return [
-        Group("a", [{"role": "user", "content": "p"}], [1], [Completion("x", [5, STOP]), Completion("yy", [5])]),
-        Group("b", [{"role": "user", "content": "q"}], [1], [Completion("zzz", [5, 6, STOP])], {"answer": 42}),
+        Group("a", [{"role": "user", "content": "p"}], [1], [Completion("x", [5, STOP]), Completion("yy", [5])], plain=True),
+        Group("b", [{"role": "user", "content": "q"}], [1], [Completion("zzz", [5, 6, STOP])], {"answer": 42}, plain=True),
     ]
 
 
@@ -106,8 +118,8 @@ def test_registered_names_are_built_with_their_args(tmp_path):
     ("config", "message"),
     [
         ({"name": "word_valance"}, r"unknown reward 'word_valance': did you mean 'word_valence'"),
-        ({"name": "length", "args": {"unit": "tokens"}}, r"'length': args.unit: .*'words'.*got 'tokens'"),
-        ({"name": "length", "args": {"units": "words"}}, r"args.units: Extra inputs.*\nknown args are unit"),
+        ({"name": "length", "args": {"unit": "lines"}}, r"'length': args.unit: .*'words'.*got 'lines'"),
+        ({"name": "length", "args": {"units": "words"}}, r"args.units: Extra inputs.*\nknown args are form, unit"),
         ({"name": f"{__name__}:characters", "args": {"x": 1}}, r"args \['x'\] were given, but a plain function"),
         ({"name": f"{__name__}:STOP"}, r"is a int; expected a function"),
         ({"name": f"{__name__}:Answers"}, r"the class Answers has no `config_type`"),
@@ -167,3 +179,208 @@ build_sources([RewardConfig(name="word_valence"), RewardConfig(name="length")])
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def one(name, **keys):
+    return build_sources([RewardConfig(name=f"{__name__}:{name}", **keys)])
+
+
+def rewards(scored):
+    return [[completion.reward for completion in group.completions] for group in scored]
+
+
+def test_transforms_rewrite_a_score_and_leave_the_raw_one_beside_it():
+    scored = groups()
+    transforms = [{"name": "clip", "high": 2.0}, {"name": "soft_clip", "bound": 2.0}]
+    score_groups(scored, one("characters", weight=10.0, transforms=transforms), 0, stop_ids=[])
+    last = scored[1].completions[0]
+    assert last.scores["characters/raw"].value == 3.0
+    assert last.scores["characters"].value == pytest.approx(2 * math.tanh(1.0))
+    assert last.reward == pytest.approx(20 * math.tanh(1.0))
+
+
+def test_the_worst_case_and_the_product():
+    pair = sources(("characters", 1.0), ("only_long", 2.0))
+    for mode, expected in {"min": [[1.0, 2.0], [2.0]], "product": [[1.0, 4.0], [6.0]]}.items():
+        scored = groups()
+        score_groups(scored, pair, 0, stop_ids=[], combine=CombineConfig(mode=mode))
+        assert rewards(scored) == expected
+
+
+def routed_groups():
+    maths, chat = groups()
+    maths.fields["task"], chat.fields["task"] = "maths", 7
+    return [chat, maths]
+
+
+def test_a_route_sends_each_row_to_the_rewards_of_its_value():
+    configs = [
+        RewardConfig(name=f"{__name__}:knows_answer", when="7"),
+        RewardConfig(name=f"{__name__}:characters", when="maths"),
+        RewardConfig(name=f"{__name__}:only_long", weight=10.0),
+    ]
+    scored = routed_groups()
+    score_groups(scored, build_sources(configs), 0, stop_ids=[], combine=CombineConfig(route="task"))
+    assert rewards(scored) == [[52.0], [1.0, 12.0]]
+    assert not scored[1].completions[0].scores["knows_answer"].valid
+
+
+def test_routes_that_lead_nowhere_are_refused():
+    maths = one("characters", when="maths")
+    with pytest.raises(
+        DataError, match=r"group 'b' has 7 in the column 'task', and no reward scores such rows; .*maths"
+    ):
+        check_columns(routed_groups(), maths, CombineConfig(route="task"))
+    with pytest.raises(RecipeError, match=r"`when: maths` needs `combine.route`"):
+        check_columns(groups(), maths)
+    with pytest.raises(RecipeError, match="no reward has a `when`"):
+        check_columns(groups(), one("characters"), CombineConfig(route="task"))
+
+
+def fails_on_z(completions):
+    if any("z" in text for text in completions):
+        raise KeyError("z")
+    return [1.0] * len(completions)
+
+
+def nan_on_z(completions):
+    return [math.nan if "z" in text else 1.0 for text in completions]
+
+
+def hangs(completions):
+    threading.Event().wait(20)
+
+
+def test_a_reward_that_raises_stops_the_run_by_default():
+    with pytest.raises(RunFailed, match=r"'fails_on_z' failed with KeyError: 'z', for 3 completions, the first 'x'"):
+        score_groups(groups(), one("fails_on_z"), 0, stop_ids=[])
+
+
+@pytest.mark.parametrize("name", ["fails_on_z", "nan_on_z"])
+def test_one_bad_text_costs_one_group(name):
+    scored = groups()
+    kept = score_groups(scored, one(name, on_error="drop_group"), 0, stop_ids=[])
+    assert [group.id for group in kept] == ["a"]
+    assert rewards(kept) == [[1.0, 1.0]]
+    lost = scored[1].completions[0]
+    assert math.isnan(lost.reward)
+    assert not lost.scores[name].valid
+    assert "z" in lost.scores[name].note
+
+
+def test_a_dropped_group_has_no_reward_from_others_either():
+    configs = [RewardConfig(name=f"{__name__}:fails_on_z", on_error="drop_group")]
+    scored = groups()
+    score_groups(scored, build_sources([*configs, RewardConfig(name=f"{__name__}:characters")]), 0, stop_ids=[])
+    assert math.isnan(scored[1].completions[0].reward)
+
+
+def test_a_failed_row_can_be_given_a_value():
+    scored = groups()
+    kept = score_groups(scored, one("nan_on_z", on_error="value", error_value=-3.0), 0, stop_ids=[])
+    assert rewards(kept) == [[1.0, 1.0], [-3.0]]
+
+
+@pytest.mark.parametrize(("on_error", "expected"), [("value", [[-1.0, -1.0], [-1.0]]), ("drop_group", [])])
+def test_a_reward_that_hangs_is_left_behind(on_error, expected):
+    started = time.monotonic()
+    source = one("hangs", on_error=on_error, error_value=-1.0, timeout=0.1)
+    assert rewards(score_groups(groups(), source, 0, stop_ids=[])) == expected
+    assert time.monotonic() - started < 5
+    with pytest.raises(RunFailed, match=r"'hangs' did not answer within 0.1 s for 3 completions, the first 'x'"):
+        score_groups(groups(), one("hangs", timeout=0.1), 0, stop_ids=[])
+
+
+def test_what_hangs_does_not_keep_a_process_from_ending():
+    code = """
+import threading
+from alignkit.rewards.calls import in_thread
+try:
+    in_thread(lambda: threading.Event().wait(), 0.05)
+except TimeoutError:
+    print("late")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "late\n"
+
+
+def test_a_failed_call_is_made_again(monkeypatch):
+    pauses, calls = [], []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+
+    class Flaky:
+        requires: tuple[str, ...] = ()
+
+        def score(self, rows, models):
+            calls.append(len(rows.completions))
+            if len(calls) < 3:
+                raise ConnectionError("away")
+            return RewardOutput(torch.ones(3), torch.ones(3, dtype=torch.bool))
+
+    scored = groups()
+    score_groups(scored, [(RewardConfig(name="flaky", retries=2), Flaky())], 0, stop_ids=[])
+    assert (calls, pauses) == ([3, 3, 3], [1.0, 2.0])
+    assert rewards(scored) == [[1.0, 1.0], [1.0]]
+    calls.clear()
+    with pytest.raises(RunFailed, match=r"'flaky' failed 2 times, at last with ConnectionError: away"):
+        score_groups(groups(), [(RewardConfig(name="flaky", retries=1), Flaky())], 0, stop_ids=[])
+
+
+def test_an_infinite_transform_names_reward_row_and_text():
+    transforms = [{"name": f"{__name__}:Broken"}]
+    with pytest.raises(RunFailed, match=r"'characters': the transform .*Broken' made inf of row 1 \(completion 'yy'\)"):
+        score_groups(groups(), one("characters", transforms=transforms), 0, stop_ids=[])
+
+
+class Broken(Transform):
+    def apply(self, scores, valid, table, world):
+        return scores / (scores - 2.0)
+
+
+def test_transforms_say_what_columns_they_read():
+    transforms = [{"name": "calibrate"}]
+    with pytest.raises(DataError, match="'ref_rewards', which group 'a' lacks"):
+        score_groups(groups(), one("characters", transforms=transforms), 0, stop_ids=[])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"transforms": [{"name": "clip", "low": 0.0}, {"name": "calibrate"}]}, "'clip' stands before it"),
+        ({"transforms": [{"name": "clip"}]}, "clip needs `low`"),
+        ({"transforms": [{"name": "clip", "lo": 1}]}, "lo"),
+        ({"on_error": "ignore"}, "on_error"),
+        ({"timeout": 0}, "timeout"),
+        ({"error_value": math.nan}, "error_value"),
+    ],
+)
+def test_config_bounds(keys, message):
+    with pytest.raises(ValidationError, match=message):
+        RewardConfig(name="length", **keys)
+
+
+def test_advantages_are_no_place_for_the_worst_case():
+    with pytest.raises(ValidationError, match="rewards stay apart"):
+        CombineConfig(level="advantage", mode="min")
+
+
+def test_metrics_by_hand():
+    scored, pair = groups(), sources(("characters", 1.0), ("only_long", 0.0))
+    score_groups(scored, pair, 0, stop_ids=[])
+    found = {name: metric.sum / metric.count for name, metric in reward_metrics(scored, pair).items() if metric.count}
+    assert found == pytest.approx(
+        {
+            "rewards/characters/invalid": 0.0,
+            "rewards/characters/mean": 2.0,
+            "rewards/characters/std": math.sqrt(0.5),
+            "rewards/only_long/invalid": 1 / 3,
+            "rewards/only_long/mean": 1.0,
+            "reward": 2.0,
+            "reward_std": math.sqrt(0.5),
+            "frac_reward_zero_std": 0.0,
+        }
+    )
+
+
+def test_no_groups_are_scored_without_a_call():
+    assert score_groups([], one("fails_on_z", transforms=[{"name": "whiten"}]), 0, stop_ids=[]) == []
