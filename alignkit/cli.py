@@ -440,6 +440,10 @@ def serve_rollouts(
     """Run a vLLM server for the recipe's model until Ctrl-C."""
     import shlex
 
+    try:
+        more = shlex.split(flags)
+    except ValueError as error:
+        raise RecipeError(f"--flags {flags}: {error}") from None
     loaded = _load(recipe, overrides)
     from alignkit.rollout.serve import serve
 
@@ -449,7 +453,7 @@ def serve_rollouts(
         loaded.train.max_length,
         python=python,
         port=port,
-        flags=shlex.split(flags),
+        flags=more,
         ready=lambda url: typer.echo(f"rollout.url={url}"),
     )
 

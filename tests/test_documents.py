@@ -196,7 +196,7 @@ def test_every_key_stands_in_the_table_with_its_default() -> None:
     shown = {key: default.strip("`") for key, default, _ in rows}
     assert len(shown) == len(rows)
     assert shown.pop("extends") == "null"
-    once = {"eval.data.N": "data.N", "rewards.N": "eval.rewards.N"}  # blocks that occur twice are shown once
+    once = {"eval.data.N": "data.N", "eval.rewards.N": "rewards.N"}  # blocks that occur twice are shown once
     expected = {
         key: (annotation, default)
         for key, annotation, default in keys_of(Recipe)

@@ -46,7 +46,7 @@ class RolloutConfig(SamplingConfig):
     token_env: str | None = Field(None, description="environment variable that holds the vLLM server's API key")
     weights_folder: str | None = Field(
         None,
-        description="where weights are put for the vLLM server, which must be able to read it; null = in output_dir",
+        description="where weights are put for the vLLM server, which must be able to read them; null = in output_dir",
     )
     max_requests: int = Field(64, ge=1, description="completions a process asks the vLLM server for at a time")
     deadline: float = Field(
