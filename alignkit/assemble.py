@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from alignkit.core.config import CombineConfig, OnlineConfig
-from alignkit.core.contracts import Algorithm, Heads, RolloutFacts, with_loss
+from alignkit.core.contracts import Algorithm, Heads, RolloutEngine, RolloutFacts, with_loss
 from alignkit.core.errors import DataError, RecipeError, RunFailed
 from alignkit.core.registry import load_object, register
 from alignkit.core.rng import key
@@ -39,7 +39,8 @@ from alignkit.loop.trainer import Trainer
 from alignkit.models.cache import LogpsCache
 from alignkit.models.config import ModelConfig, RosterModelConfig
 from alignkit.models.heads import members
-from alignkit.models.load import check_context, fingerprint, load_policy, load_renderer, set_padding
+from alignkit.models.load import DTYPES, check_context, fingerprint, load_policy, load_renderer, set_padding
+from alignkit.models.merged import save_merged
 from alignkit.models.policy import CausalPolicy, ForwardOptions
 from alignkit.models.roster import AdapterReference, FrozenModel, Roster, Sampled, ScoringModel
 from alignkit.recipe import Recipe
@@ -47,6 +48,7 @@ from alignkit.rewards.pipeline import build_sources, check_columns, reward_metri
 from alignkit.rollout.config import SamplingConfig
 from alignkit.rollout.given import GivenCompletions
 from alignkit.rollout.native import NativeEngine
+from alignkit.rollout.vllm import VllmEngine
 from alignkit.track.sinks import JsonlSink, make_sinks
 from alignkit.track.tracker import Tracker
 
@@ -85,7 +87,9 @@ class Assembled:
         )
 
     def close(self) -> None:
-        """Close every file and sink."""
+        """Close every file and sink, and the engine's."""
+        if isinstance(self.trainer.rollouts.engine, VllmEngine):
+            self.trainer.rollouts.engine.close()
         self.trainer.track.close()
         for file in self.files:
             file.close()
@@ -159,7 +163,7 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, recipe.train, progress.total_steps),
         dist=dist,
-        rollouts=_rollouts(recipe, algorithm, stream, policy, renderer, groups, files),
+        rollouts=_rollouts(recipe, algorithm, stream, policy, renderer, groups, files, console),
         roster=roster,
         progress=progress,
         round=Round(recipe.seed, recipe.train.batch_size, recipe.train.epochs_per_round),
@@ -330,6 +334,7 @@ def _rollouts(
     renderer: Renderer,
     groups: Sequence[Group],
     files: Sequence[JsonlSink],
+    console: Console,
 ) -> Rollouts:
     """What fills the rounds of this recipe."""
     needs, world = algorithm.needs, policy.dist.world
@@ -345,13 +350,30 @@ def _rollouts(
         longest = recipe.rollout.max_completion_length
         return {**reward_metrics(given, sources), **completion_metrics(given, longest)}
 
+    def say(text: str) -> None:
+        console.print(text, markup=False)
+
     def encode(text: str) -> list[int]:
         return [*renderer.encode(text), renderer.eos_id]
 
-    engine = _Autocast(build_sampler(policy, renderer, recipe.rollout, recipe.seed), policy.dist)
+    engine: RolloutEngine
+    if recipe.rollout.engine == "vllm":
+        engine = VllmEngine(
+            recipe.rollout,
+            model=recipe.model.name_or_path,
+            write=lambda place: save_merged(policy.bare, place, DTYPES[recipe.model.dtype]),
+            folder=Path(recipe.output_dir) / "rollout",
+            decode=lambda ids: renderer.tokenizer.decode(ids, skip_special_tokens=True),
+            stop_ids=renderer.stop_ids,
+            seed=recipe.seed,
+            world=world,
+            say=say,
+        )
+    else:
+        engine = _Autocast(build_sampler(policy, renderer, recipe.rollout, recipe.seed), policy.dist)
     shown = files[1] if files else None
     return Rollouts(
-        stream, engine, algorithm, world, recipe.rollout.num_generations, score, measure, encode, samples=shown
+        stream, engine, algorithm, world, recipe.rollout.num_generations, score, measure, encode, shown, say
     )
 
 

@@ -41,7 +41,8 @@ from alignkit.track.text import number
 RECIPE_FILE = "recipe.resolved.yaml"
 RUN_FILES = (
     *("recipe.resolved.yaml", "departures.yaml", "run.lock", "data_report.json", "metrics.jsonl", "samples.jsonl"),
-    *("checkpoint-*", ".writing-*", "debug", "runs", "wandb", "report.html", "README.md", "best", "best.json"),
+    *("checkpoint-*", ".writing-*", "debug", "rollout", "runs", "wandb", "report.html", "README.md"),
+    *("best", "best.json"),
     *("*.safetensors", "member-*", "critic", "*.safetensors.index.json", "*config.json", "chat_template.jinja"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
 )
@@ -83,7 +84,7 @@ def train(
     folder = Path(recipe.output_dir)
     console = Console(quiet=quiet or launched_rank() > 0, highlight=False, soft_wrap=True)
     resume = _claim_folder(folder, recipe, resume, overwrite)
-    dist = DistEngine(DTYPES[recipe.model.dtype])
+    dist = DistEngine(DTYPES[recipe.model.dtype], patience=2 * recipe.rollout.deadline)
     try:
         return _train(recipe, folder, dist, console, resume, report)
     except (OSError, SafetensorError) as error:
@@ -123,6 +124,9 @@ def _train(recipe: Recipe, folder: Path, dist: DistEngine, console: Console, res
     try:
         trainer.run()
     except (AlignkitError, OSError, SafetensorError):
+        # A reward or an engine that gives up leaves the weights as good as they were.
+        if trainer.rollouts.unfinished and dist.world.size == 1 and trainer.progress.step > 0:
+            trainer.save()
         raise
     except Exception:  # a fault in anybody's code must not cost the steps since the last checkpoint
         if dist.world.size == 1 and trainer.progress.step > 0:  # of several, the others may wait elsewhere

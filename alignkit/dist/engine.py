@@ -7,13 +7,19 @@ import gc
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from alignkit.dist.world import AnyWorld, LocalWorld, ProcessWorld, check_world
+
+
+PATIENCE = 1800.0
+"""Seconds that processes wait for one another at least."""
 
 
 def _leave() -> None:
@@ -29,10 +35,12 @@ def _leave() -> None:
 class DistEngine:
     """The backend of a run. One process and DDP behave alike: gradients are sums over ranks, never means."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, patience: float = PATIENCE) -> None:
+        """`patience`: seconds that processes wait for one another; one of them may be waiting for a server."""
         on_cpu = not torch.cuda.is_available()
         self._accelerator = Accelerator(
             cpu=on_cpu,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=max(PATIENCE, patience)))],
             mixed_precision="no",  # the policy owns autocast; accelerate's would upcast whole logits to float32
         )
         check_world(self._accelerator.num_processes)

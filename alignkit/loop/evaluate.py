@@ -133,6 +133,7 @@ class Evaluator:
         record = {
             "eval_samples/mean_length": sum(map(len, tokens)) / len(tokens),
             "eval_samples/distinct_trigrams": distinct(tokens, 3),
+            "eval_samples/distinct_trigrams_within": sum(distinct([text], 3) for text in tokens) / len(tokens),
         }
         if self._config.rewards:
             if step == 0:

@@ -38,6 +38,7 @@ class Rollouts:
         measure: what is logged of scored groups.
         encode: text → the tokens of a completion that ended, for demonstrations that are to be scored.
         samples: where some completions of every round are shown; None = nowhere.
+        say: tells the user.
     """
 
     stream: Stream
@@ -49,15 +50,30 @@ class Rollouts:
     measure: Callable[[Sequence[Group]], dict[str, Metric]] | None = None
     encode: Callable[[str], list[int]] | None = None
     samples: JsonlSink | None = None
+    say: Callable[[str], None] = print
     places: dict[str, int] = field(default_factory=dict)
     """Where each group of the last round stands in it, over all ranks, by id."""
+    unfinished: bool = False
+    """Whether a round is being filled, or was when something failed."""
 
     def collect(self, version: int) -> tuple[list[Group], Totals]:
         """This rank's groups of the next round, and what is to be logged of them.
 
         Prompts are drawn again, as often as the method asks, until so many groups are kept as were drawn at first;
-        which these are does not depend on the rank layout.
+        which these are does not depend on the rank layout. When something fails the stream stands where it stood.
         """
+        before, self.unfinished = self.stream.state_dict(), True
+        try:
+            filled = self._fill(version)
+        except BaseException:
+            self.stream.load_state_dict(before)
+            raise
+        self.unfinished = False
+        if self.algorithm.needs.rewards and not any(self.world.gather(len(filled[0]))):
+            self.say(f"after step {version}: no group is left to learn from; going on with the next prompts")
+        return filled
+
+    def _fill(self, version: int) -> tuple[list[Group], Totals]:
         needs = self.algorithm.needs
         self.engine.sync(version)
         kept: dict[str, tuple[int, Group]] = {}

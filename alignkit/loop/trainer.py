@@ -80,7 +80,8 @@ class Trainer:
                 if self.round.index != index:
                     groups, news = self.rollouts.collect(self.progress.version)
                     self.roster.refresh(index)
-                    units = algorithm.build(groups)
+                    if not any(self.dist.world.gather(len(units := algorithm.build(groups)))):
+                        continue
                     batch = collate(units, blank_like(units, self.dist.world))
                     batch = self.roster.fill(batch, needs.columns, needs.slots)
                     batch = algorithm.annotate(batch, self.dist.world)
@@ -91,7 +92,7 @@ class Trainer:
                     self.update(part)
                     self.due()
             if self.progress.step == 0 < self.progress.total_steps:
-                raise RunFailed("no row gave anything to train on: the algorithm built no unit of any of them")
+                raise RunFailed("no row gave anything to train on: no group was left, or none gave a unit")
             self.track.flush()
             self.evaluate()
             self.save()
