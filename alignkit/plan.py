@@ -250,9 +250,10 @@ def _eval_lines(recipe: Recipe) -> Iterator[str]:
 
 
 def _scored(recipe: Recipe) -> str:
-    if not recipe.eval.rewards:
+    rewards = recipe.eval.rewards or recipe.rewards  # an online method's samples are scored as in training
+    if not rewards:
         return ""
-    names = " + ".join(reward.name for reward in recipe.eval.rewards)
+    names = " + ".join(reward.name for reward in rewards)
     whom = "the start model's samples" if recipe.eval.opponent == "start" else "the data's chosen answers"
     return f", scored by {names}; eval_win_rate is against {whom}"
 

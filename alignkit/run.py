@@ -152,6 +152,8 @@ def sample(
     """
     folder = Path(run_dir)
     recipe = _recipe_of(folder)
+    if not build_algorithm(recipe).heads().is_language:
+        raise RecipeError(f"{folder} holds a model that scores text and writes none, so there is nothing to sample")
     update = {"temperature": temperature, "max_completion_length": max_tokens}
     sampling = recipe.eval.sampling.model_copy(update={k: v for k, v in update.items() if v is not None})
     if head_weights is not None:

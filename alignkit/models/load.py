@@ -19,7 +19,7 @@ from alignkit.core.errors import DataError, RecipeError
 from alignkit.core.rng import key
 from alignkit.data.render import Renderer
 from alignkit.models.config import ModelConfig
-from alignkit.models.heads import Members, attach, fresh_score, head_names, load_heads
+from alignkit.models.heads import HEADS_FILE, Members, attach, fresh_score, head_names, load_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -204,6 +204,8 @@ def load_policy(config: ModelConfig, seed: int = 0, heads: Heads = LANGUAGE) -> 
     else:
         model = _with_adapter(model, config, adapter, seed, heads)
     attach(model, heads, seed)
+    if heads.hidden and (Path(config.name_or_path) / HEADS_FILE).is_file():
+        load_heads(model, Path(config.name_or_path))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
