@@ -30,7 +30,13 @@ NAMED_BY = {
     "wandb": ("track/",),
     "datasets": ("data/",),
     "peft": ("models/",),
-    "transformers": ("models/", "rewards/scorers.py", "quickstart/", "testing.py"),  # the last two build tiny models
+    "transformers": (
+        "models/",
+        "rollout/plain.py",
+        "rewards/scorers.py",
+        "quickstart/",
+        "testing.py",
+    ),  # the last two build tiny models
 }
 """Library → the files that may import it."""
 
