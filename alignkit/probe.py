@@ -14,7 +14,7 @@ from alignkit.recipe import Recipe
 from alignkit.rewards.pipeline import build_sources
 from alignkit.rewards.probe import Probe, probe
 
-ANSWERS = ("answer", "solution", "demonstration", "response")
+ANSWERS = ("answer", "solution", "demonstration", "response", "reference")
 """Columns that hold a real answer where rows come without completions: the first that has something."""
 
 
