@@ -1,10 +1,17 @@
-"""`scripts/tiny_dpo.py` as a module: scripts are not part of the package."""
+"""`scripts/tiny_dpo.py` and `scripts/tiny_grpo.py` as modules: scripts are not part of the package."""
 
 import importlib.util
 from pathlib import Path
+from types import ModuleType
 
-_spec = importlib.util.spec_from_file_location("tiny_dpo", Path(__file__).parents[2] / "scripts" / "tiny_dpo.py")
-assert _spec is not None
-assert _spec.loader is not None
-tiny_dpo = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tiny_dpo)
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tiny_dpo, tiny_grpo = _load("tiny_dpo"), _load("tiny_grpo")

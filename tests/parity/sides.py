@@ -1,7 +1,7 @@
 """The same steps by TRL's own trainers and by alignkit: equal batches, model, optimizer and rate."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 from string import ascii_letters, ascii_lowercase, ascii_uppercase
@@ -39,7 +39,16 @@ def in_order(rows: Sequence[Any]) -> list[Any]:
     return [rows[i] for i in permutation(len(rows), SEED, "shuffle", 0)]
 
 
-def trl_steps(trainer: Any, config: Any, folder: Path, rows: Sequence[Any], model: Any, tokenizer: Any, **keys: Any):
+def trl_steps(
+    trainer: Any,
+    config: Any,
+    folder: Path,
+    rows: Sequence[Any],
+    model: Any,
+    tokenizer: Any,
+    trainer_keys: Mapping[str, Any] | None = None,
+    **keys: Any,
+):
     """What TRL's trainer logs of one step for each `BATCH` of rows, in their order. `keys` are of its config."""
     from datasets import Dataset
 
@@ -66,6 +75,7 @@ def trl_steps(trainer: Any, config: Any, folder: Path, rows: Sequence[Any], mode
         args=config(**{**arguments, **keys}),
         train_dataset=Dataset.from_list(list(rows)),
         processing_class=tokenizer,
+        **(trainer_keys or {}),
     )
     run.train()
     return [record for record in run.state.log_history if "loss" in record]
@@ -99,8 +109,13 @@ def our_steps(
         },
     }
     train(load_recipe(recipe), quiet=True, report=False)
-    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if "loss" in record]
+    return records(folder / "run")
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """What was logged of every step of a run of alignkit."""
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in logged if "loss" in record]
 
 
 def losses(records: Sequence[dict[str, Any]]) -> list[float]:
