@@ -6,8 +6,9 @@ from tests.acceptance.bench import Bench, methods, passes
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("acceptance")]  # one worker: the methods share the warm-up
 
-SAMPLE = ("sft", "dpo", "simpo", "kto", "rpo", "pro", "mah_dpo", "reward_augmented_dpo")
-"""One of each kind: imitation, pairs, pairs without a reference, labels, a mixture, lists, heads, an operation."""
+SAMPLE = ("sft", "dpo", "simpo", "kto", "rpo", "pro", "mah_dpo", "reward_augmented_dpo", "dr_grpo", "ppo", "raft")
+"""One of each kind: imitation, pairs, pairs without a reference, labels, a mixture, lists, heads, an operation; and of
+those that write for themselves: groups, a critic, selection."""
 
 
 @pytest.fixture(scope="module")
