@@ -130,7 +130,9 @@ class Bench:
             training["batch_size"] = len(self.rows) * TOY_GENERATIONS
             size = settings.get("batch_size", training["batch_size"])
             config["prompts_per_round"] = -(-size // TOY_GENERATIONS)
+            combine = self.algorithm.needs.combine
             online = {
+                **({"combine": dict(combine)} if combine else {}),
                 "rewards": [{"name": f"{__name__}:loudness"}],
                 "rollout": {"num_generations": TOY_GENERATIONS, "max_completion_length": TOY_LENGTH},
             }
