@@ -1,8 +1,9 @@
-"""Reward models: a score layer on a language model's backbone, learned from judgements. One of three kinds.
+"""Reward models: a score layer on a language model's backbone, learned from judgements. One of four kinds.
 
     bradley_terry         −log σ(r(w) − r(l)) of the answers of a prompt            Bradley and Terry 1952
     attribute_regression  Σ_k m_k·(r_k − a_k)² / Σ_k m_k, m_k = 1 where a_k is known   HelpSteer2, arXiv 2406.08673
     prm                   right or wrong at the end of every step, or its value     arXiv 2510.01167
+    irl                   −(r(w) − r(l))/β + c·(r(w)² + r(l)²)/2, l of the policy  arXiv 2503.18991
 
 Around Bradley–Terry: centering c·(r(w) + r(l))² (arXiv 2312.09244), ties τ·(r(w) − r(l))² (arXiv 2502.10391), ensembles
 (arXiv 2310.02743), and two models that choose each other's pairs (arXiv 2505.10597).
@@ -10,7 +11,8 @@ Around Bradley–Terry: centering c·(r(w) + r(l))² (arXiv 2312.09244), ties τ
 Deviations: members of an ensemble see one batch, so what differs besides their first heads is a weight a row, drawn
 once from a Poisson distribution of mean 1. Collaborative training is reconstructed in the form of co-teaching; its
 schedule counts rounds, and the order of an epoch is not touched. The value of a step that no rollouts were made for,
-γ^(T−t)·outcome, is a reconstruction too. Scores of members are averaged, and never standardised in training.
+γ^(T−t)·outcome, is a reconstruction too, and so is the square that bounds `irl`, which ends at 1 and −1 with c = 1/β.
+Scores of members are averaged, and never standardised in training.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ class CollaborativeConfig(Config):
 class RewardModelConfig(AlgorithmConfig):
     """Keys of every kind of reward model; a kind refuses those of another."""
 
-    kind: Literal["bradley_terry", "attribute_regression", "prm"] = "bradley_terry"
+    kind: Literal["bradley_terry", "attribute_regression", "prm", "irl"] = "bradley_terry"
     loss_type: Literal["plain", "margin", "scaled"] = Field(
         "plain", description="what a pair's margin does: nothing, is asked for, or is the pair's weight"
     )
@@ -91,6 +93,10 @@ class RewardModelConfig(AlgorithmConfig):
     )
     gamma: float = Field(0.9, gt=0, le=1, description="γ: what a step loses for each that comes after it")
 
+    beta: float = Field(0.1, gt=0, description="β of the policy that irl plays against: differences count 1/β")
+    regularizer: float | None = Field(None, gt=0, description="c: pulls the scores of irl to 0; null = 1/β")
+    pairwise: bool = Field(False, description="irl: −log σ of the difference alone, without β and c")
+
     @property
     def num_members(self) -> int:
         """Models that train side by side."""
@@ -109,6 +115,8 @@ class RewardModelConfig(AlgorithmConfig):
         for key, form in {"threshold": "classifier", "targets": "value", "gamma": "value"}.items():
             if form != self.form and getattr(self, key) != type(self).model_fields[key].get_default():
                 raise ValueError(f"`{key}` belongs to `form: {form}`; remove it")
+        if self.pairwise and self.regularizer is not None:
+            raise ValueError("`pairwise` has no `regularizer`: its loss is bounded; remove one of the two")
         if self.collaborative is not None and (self.members > 2 or self.list_length > 2):
             raise ValueError("`collaborative` trains two models on pairs: leave `members` and `list_length` away")
         return self
@@ -119,6 +127,7 @@ KIND_OF = {
     **dict.fromkeys(("members", "bootstrap", "collaborative"), "bradley_terry"),
     **dict.fromkeys(("attributes", "goal"), "attribute_regression"),
     **dict.fromkeys(("form", "threshold", "targets", "gamma"), "prm"),
+    **dict.fromkeys(("beta", "regularizer", "pairwise"), "irl"),
 }
 """Key → the only kind that reads it."""
 
@@ -317,6 +326,24 @@ class PairScores(Algorithm[RewardModelConfig]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._rounds = state["rounds"]
+
+
+class DemonstrationScores(PairScores):
+    """Kind `irl`: demonstrations above what the policy writes itself, two rows a unit."""
+
+    def loss(self, out: Forward, batch: Batch) -> tuple[Terms, Metrics]:
+        config = self.config
+        scores = batch.by_unit(last_scores(out, batch))  # [U, 2, 1]
+        shown, written = scores.unbind(1)
+        if config.pairwise:
+            terms = self._terms("rank", ops.bradley_terry(shown, written), 1.0, batch)
+        else:
+            size = config.regularizer if config.regularizer is not None else 1 / config.beta
+            terms = self._terms("gap", written - shown, 1 / config.beta, batch)
+            terms |= self._terms("square", (shown.square() + written.square()) / 2, size, batch)
+        first, second = torch.triu_indices(2, 2, offset=1, device=scores.device)
+        pairs = batch.by_unit(batch["mask"].any(-1)).all(1, keepdim=True)
+        return terms, self._metrics(batch, scores.detach(), pairs, first, second)
 
 
 class AttributeScores(Algorithm[RewardModelConfig]):
@@ -562,6 +589,7 @@ KINDS: dict[str, type[Algorithm[RewardModelConfig]]] = {
     "bradley_terry": PairScores,
     "attribute_regression": AttributeScores,
     "prm": StepScores,
+    "irl": DemonstrationScores,
 }
 
 

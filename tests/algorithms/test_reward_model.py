@@ -509,3 +509,28 @@ def test_plain_transformers_loads_the_steps_of_a_run(tmp_path):
 def test_ops_know_the_loss_by_its_own_name():
     chosen, rejected, margin = torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([0.25])
     torch.testing.assert_close(ops.bradley_terry(chosen, rejected, margin), ops.logistic_pair(margin))
+
+
+def test_demonstrations_and_samples_by_hand():
+    # −(r(w) − r(l))/β + (r(w)² + r(l)²)/2β of two pairs, β = 0.1
+    groups = [group(name="a"), group(name="b")]
+    loss, gradient, metrics = loss_of(model(kind="irl"), groups, [0.5, -1.0, 0.0, 2.0])
+    assert loss == pytest.approx(10 * ((-1.5 + 0.625) + (2.0 + 2.0)) / 2)
+    assert gradient.flatten().tolist() == pytest.approx([-2.5, 0.0, -5.0, 15.0])
+    assert (metrics["rewards/accuracies"], metrics["rewards/margins"]) == (0.5, -0.25)
+    _, at_end, _ = loss_of(model(kind="irl"), groups, [1.0, -1.0, 1.0, -1.0])
+    assert at_end.abs().max() == 0
+    wide, _, _ = loss_of(model(kind="irl", beta=0.5, regularizer=4.0), [groups[0]], [0.5, -1.0])
+    assert wide == pytest.approx(2 * -1.5 + 4 * 0.625)
+
+
+def test_demonstrations_in_pairs_are_bradley_terry_without_centre():
+    groups, scores = [group(name="a"), group(name="b", weight=3.0)], [0.5, -1.0, 0.0, 2.0]
+    pairwise, gradient, _ = loss_of(model(kind="irl", pairwise=True), groups, scores)
+    expected, same, _ = loss_of(plain(), groups, scores)
+    assert pairwise == pytest.approx(expected)
+    torch.testing.assert_close(gradient, same)
+    with pytest.raises(ValidationError, match="has no `regularizer`"):
+        model(kind="irl", pairwise=True, regularizer=1.0)
+    with pytest.raises(ValidationError, match="belongs to `kind: irl`"):
+        model(beta=1.0)

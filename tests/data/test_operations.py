@@ -14,6 +14,7 @@ from alignkit.core import DataError, RecipeError, register
 from alignkit.data.config import DataConfig
 from alignkit.data.groups import load_groups
 from alignkit.data.operations import Item, Operation, OperationConfig, build_operation
+from alignkit.data.operations.multi_answer_prompt import MultiAnswerPrompt, MultiAnswerPromptConfig
 from alignkit.data.operations.reward_augment import RewardAugment, RewardAugmentConfig
 from alignkit.data.shapes import BadRow, to_example
 from alignkit.plan import check
@@ -269,3 +270,21 @@ def test_the_schema_knows_their_keys():
     assert {choice["title"] for choice in choices} == {*register.operation.names(), "your own"}
     (ours,) = [choice for choice in choices if choice["title"] == "reward_augment"]
     assert ours["properties"]["placement"]["enum"] == ["system", "user_prefix"]
+
+
+def test_several_answers_are_asked_for_where_the_user_spoke_last():
+    def asking(**keys) -> MultiAnswerPrompt:
+        return MultiAnswerPrompt(MultiAnswerPromptConfig(name="multi_answer_prompt", **keys))
+
+    short = asking(text="up to {max_answers} of {1}", separator=" ", max_answers=3)
+    (made,) = short.apply(item({"prompt": "q"}, "prompt", answer="x"))
+    assert (made.example.prompt, made.fields) == ("q up to 3 of {1}", {"answer": "x"})
+    row = item({"prompt": CHATTING}, "prompt")
+    (made,) = short.apply(row)
+    assert made.example.prompt == [*CHATTING[:2], {"role": "user", "content": "more up to 3 of {1}"}]
+    assert row.example.prompt == CHATTING
+    assert "up to 8 different answers" in asking().note()
+    with pytest.raises(BadRow, match="no user turn"):
+        short.apply(item({"prompt": [{"role": "system", "content": "s"}]}, "prompt"))
+    with pytest.raises(ValidationError, match="`text` is empty"):
+        asking(text="")

@@ -31,8 +31,16 @@ STOP = 9
 def groups():
     """Two prompts with two and one completions."""
     return [
-        Group("a", [{"role": "user", "content": "p"}], [1], [Completion("x", [5, STOP]), Completion("yy", [5])], plain=True),
-        Group("b", [{"role": "user", "content": "q"}], [1], [Completion("zzz", [5, 6, STOP])], {"answer": 42}, plain=True),
+        Group(
+            "a",
+            [{"role": "user", "content": "p"}],
+            [1],
+            [Completion("x", [5, STOP]), Completion("yy", [5])],
+            plain=True,
+        ),
+        Group(
+            "b", [{"role": "user", "content": "q"}], [1], [Completion("zzz", [5, 6, STOP])], {"answer": 42}, plain=True
+        ),
     ]
 
 
@@ -134,6 +142,16 @@ def test_mistakes_in_the_recipe(config, message):
 def test_two_rewards_of_one_name_are_refused():
     with pytest.raises(RecipeError, match="'characters' is listed 2 times"):
         sources(("characters", 1.0), ("characters", 2.0))
+
+
+def test_one_source_is_listed_twice_under_two_labels():
+    configs = [RewardConfig(name=f"{__name__}:characters", label=label) for label in ("first", "second")]
+    scored = groups()
+    score_groups(scored, build_sources(configs), 3, stop_ids=[STOP])
+    assert scored[0].completions[1].scores.keys() == {"first", "second"}
+    assert [completion.reward for completion in scored[0].completions] == [2.0, 4.0]
+    with pytest.raises(ValidationError):
+        RewardConfig(name="exact", label="a/b")
 
 
 def test_components_and_dense_rewards_are_kept():
