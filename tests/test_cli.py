@@ -223,7 +223,7 @@ def test_algorithms(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert run(monkeypatch, "algorithms", "show", "dpo", "--json") == 0
     rows = {row["key"]: row["default"] for row in json.loads(capsys.readouterr().out)["config"]}
     assert rows["beta"] == 0.1
-    assert run(monkeypatch, "algorithms", "show", "dop") == 2
+    assert run(monkeypatch, "algorithms", "show", "dpoo") == 2
     assert "did you mean 'dpo'" in capsys.readouterr().err
 
 
@@ -483,12 +483,12 @@ def test_rows_are_counted_up_to_the_limit() -> None:
 
 def test_the_console_script_ends_with_the_code() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "alignkit", "check", "r.yaml", "algorithm.name=dop"],
+        [sys.executable, "-m", "alignkit", "check", "r.yaml", "algorithm.name=dpoo"],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "NO_COLOR": "1"},
     )
     assert done.returncode == 2
-    assert "override 'algorithm.name=dop'  algorithm.name  unknown algorithm 'dop': did you mean 'dpo'?" in done.stderr
+    assert "override 'algorithm.name=dpoo'  algorithm.name  unknown algorithm 'dpoo': did you mean 'dpo'?" in done.stderr
     assert "\x1b" not in done.stderr

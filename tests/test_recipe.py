@@ -287,8 +287,8 @@ def test_unknown_keys_are_told_what_they_are_called_here(line: str, said: str) -
 @pytest.mark.parametrize(
     ("blocks", "where", "said"),
     [
-        ({"algorithm": {"name": "dop"}}, "algorithm.name", "unknown algorithm 'dop': did you mean 'dpo'?"),
-        ({"algorithm": {"beta": 1}}, "algorithm.name", "missing key; it is required (one of aot, "),
+        ({"algorithm": {"name": "dpoo"}}, "algorithm.name", "unknown algorithm 'dpoo': did you mean 'dpo'?"),
+        ({"algorithm": {"beta": 1}}, "algorithm.name", "missing key; it is required (one of aepo, "),
         ({"algorithm": "dpo"}, "algorithm", "got the text 'dpo', expected a mapping with the keys name, loss"),
         ({"algorithm": {"name": 3}}, "algorithm.name", "expected the name of an algorithm"),
         ({"algorithm": {"name": "no_such_mod:X"}}, "algorithm.name", "there is no module 'no_such_mod'"),
@@ -323,7 +323,7 @@ def test_single_mistakes(blocks: dict[str, Any], where: str, said: str) -> None:
 
 def test_a_report_holds_every_kind_of_mistake() -> None:
     text = "output_dir: x\nmodel: {dtype: half}\ndata: [{path: p}]\n"
-    text += "algorithm: {name: dop}\nrewards: [{name: nope}]\nmodels: 3\n"
+    text += "algorithm: {name: dpoo}\nrewards: [{name: nope}]\nmodels: 3\n"
     lines = mistakes_of(write("r.yaml", text), "train.batch_size=0")
     assert [line.split("  ")[:2] for line in lines] == [
         ["r.yaml:2:8", "model.name_or_path"],
