@@ -19,7 +19,7 @@ def main() -> int:
     assert isinstance(job, Job)
     gate = Gate(connection, job.device)
     try:
-        gate.finished(SIDES[side][job.algorithm](job, gate).summary(steps))
+        gate.finished(SIDES[side](job, gate).summary(steps))
     except BaseException:
         gate.failed(traceback.format_exc())
         return 1

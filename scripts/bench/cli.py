@@ -8,12 +8,17 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from alignkit.core.errors import RecipeError
 from alignkit.recipe import find_algorithm
-from bench.race import BenchFailed, Settings, race
+from bench.online import online_figures, online_table
+from bench.race import BenchFailed, Settings, Track, race
 from bench.report import Document, Figures, figures, table
+from bench.sampling import SAMPLES, Sample, SampleFigures, race_samples, sample_table
 from bench.workloads import WORKLOADS
+
+Shown = TypeVar("Shown", bound=Figures)
 
 DESCRIPTION = """\
 Races alignkit against TRL at its strongest: equal model, rows, batches, optimizer and dtype, steps in turn.
@@ -26,6 +31,14 @@ itself on a GPU; --stock leaves that out.
 Times are ratios TRL / alignkit, the median over pairs of steps: more is better. Memory is alignkit / TRL, peak of the
 training steps less what was resident when the model was loaded: less is better. Set-up is tokenizing, preparing and
 scoring the rows with the reference. The exit code is 1 when a side fails or losses or gradients disagree.
+
+Where the sides write completions themselves (grpo-…) a batch is of completions, 8 a prompt. Their tokens differ, so the
+ratio to read is of seconds per token written; in place of losses, the log-probabilities that alignkit's sampler wrote
+down must be the trainer's.
+
+Workloads named sample-… race the in-process sampler against transformers' `generate` instead, whole generations in
+turn: --steps of them, of which --warmup, --batch-size, --layout and --stock do not speak. One warms up, and the exit
+code is 1 when its log-probabilities are not the trainer's.
 """
 EPILOGUE = """\
 workloads:
@@ -42,8 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = [name for name, workload in WORKLOADS.items() if workload.device == args.device]
     if args.workloads != ["all"]:
         chosen = args.workloads
-        if unknown := sorted(set(chosen) - set(WORKLOADS)):
-            parser.error(f"there is no workload {unknown[0]!r}; there are {', '.join(WORKLOADS)}, or `all`")
+    elif args.device == "cpu":
+        chosen += SAMPLES
+    if unknown := sorted(set(chosen) - {*WORKLOADS, *SAMPLES}):
+        parser.error(f"there is no workload {unknown[0]!r}; there are {', '.join([*WORKLOADS, *SAMPLES])}, or `all`")
     settings = Settings(
         steps=args.steps,
         warmup=args.warmup,
@@ -58,12 +73,26 @@ def main(arguments: list[str] | None = None) -> int:
     )
     document = Document(args.json, settings)
     with tempfile.TemporaryDirectory(prefix="alignkit-bench-") as temporary:
-        return run(chosen, settings, args.folder or Path(temporary), document)
+        folder = args.folder or Path(temporary)
+        races = [name for name in chosen if name in WORKLOADS]
+        given, written = ([name for name in races if bool(WORKLOADS[name].samples) is own] for own in (False, True))
+        return max(
+            run(given, settings, folder, document, figures, table),
+            run(written, settings, folder, document, online_figures, online_table),
+            run_samples([name for name in chosen if name in SAMPLES], settings, folder, document),
+        )
 
 
-def run(chosen: list[str], settings: Settings, folder: Path, document: Document) -> int:
+def run(
+    chosen: list[str],
+    settings: Settings,
+    folder: Path,
+    document: Document,
+    figures: Callable[[dict[str, Track], Settings], Shown],
+    table: Callable[[list[tuple[str, int, Shown]]], str],
+) -> int:
     """Race one workload after the other and print the table; the exit code."""
-    rows: list[tuple[str, int, Figures]] = []
+    rows: list[tuple[str, int, Shown]] = []
     broken = False
     for name in chosen:
         workload = WORKLOADS[name]
@@ -89,6 +118,19 @@ def run(chosen: list[str], settings: Settings, folder: Path, document: Document)
     return 1 if broken or not all(found.agree for _, _, found in rows) else 0
 
 
+def run_samples(chosen: list[str], settings: Settings, folder: Path, document: Document) -> int:
+    """Race samplers, one workload after the other, and print the table; the exit code."""
+    rows: list[tuple[str, Sample, SampleFigures]] = []
+    for name in chosen:
+        sample = SAMPLES[name]
+        found, written = race_samples(name, sample, settings.steps, settings.seed, settings.threads, folder, say)
+        rows.append((name, sample, found))
+        document.add_samples(name, found, written)
+    if rows:
+        print(sample_table(rows))
+    return 0 if all(found.agree for _, _, found in rows) else 1
+
+
 def say(text: str) -> None:
     """Progress; standard output is the table's."""
     print(text, file=sys.stderr, flush=True)
@@ -101,6 +143,10 @@ def make_parser() -> argparse.ArgumentParser:
         f"prompt {w.lengths.prompt_median} ({w.lengths.prompt_range[0]}-{w.lengths.prompt_range[1]}), completion "
         f"{w.lengths.completion_range[0]}-{w.lengths.completion_range[1]}, batch {w.batch_size}, {w.device}"
         for name, w in WORKLOADS.items()
+    ] + [
+        f"  {name:17} sampling, {s.shape.hidden} wide, {s.shape.layers} layers, {s.shape.vocabulary} words, "
+        f"{s.prompts} prompts of {s.prompt}, {s.samples} completions of {s.new} each, cpu"
+        for name, s in SAMPLES.items()
     ]
     parser = argparse.ArgumentParser(
         prog="python scripts/bench",

@@ -36,6 +36,8 @@ class Evidence:
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     batches: list[list[Tokens]] = field(default_factory=list)
+    lengths: list[list[int]] = field(default_factory=list)
+    """Tokens of each completion that the side wrote itself, by step."""
     facts: dict[str, Any] = field(default_factory=dict)
 
     def summary(self, steps: int) -> dict[str, Any]:
@@ -46,6 +48,7 @@ class Evidence:
             "grad_norms": self.grad_norms[:steps],
             "tokens": [sum(len(part) for row in batch for part in row) for batch in batches],
             "digests": [sha256(repr(batch).encode()).hexdigest()[:16] for batch in batches],
+            "lengths": self.lengths[:steps],
             "facts": self.facts,
         }
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-LEARNING_RATE, BETA, MAX_GRAD_NORM = 1e-5, 0.1, 1.0
+BETA, MAX_GRAD_NORM = 0.1, 1.0
 
 
 @dataclass(frozen=True)
 class Job:
     """A race as both sides see it. `compact` and `layout` each concern one of them.
 
+    `samples`: completions of up to `longest` tokens that a side writes for each row itself; 0: rows hold them.
     `compact`: TRL's fused head scores completion positions only, on the CPU too; None leaves it as it comes.
     """
 
@@ -25,6 +26,18 @@ class Job:
     device: str
     layout: str
     compact: bool | None
+    samples: int = 0
+    longest: int = 0
+
+    @property
+    def learning_rate(self) -> float:
+        """So small where completions are written that the model stays what it is: one that stops as calibrated."""
+        return 1e-7 if self.samples else 1e-5
+
+    @property
+    def rows_a_step(self) -> int:
+        """Rows of one optimizer step."""
+        return self.batch_size // (self.samples or 1)
 
     @property
     def model_folder(self) -> Path:

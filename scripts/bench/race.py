@@ -52,6 +52,7 @@ class Track:
     grad_norms: list[float]
     tokens: list[int]
     digests: list[str]
+    lengths: list[list[int]]
     facts: dict[str, Any]
 
 
@@ -146,30 +147,36 @@ def race(
 
 
 def prepare(workload: Workload, settings: Settings, folder: Path) -> Job:
-    """Write model and rows into a new folder; the job both sides get. Raises BenchFailed when the folder is in use."""
+    """Write model and rows into a new folder; the job both sides get. Raises BenchFailed when that cannot be."""
+    batch_size, samples = settings.batch_size or workload.batch_size, workload.samples
+    if samples and batch_size % samples:
+        raise BenchFailed(f"a batch of {batch_size} cannot hold {samples} completions of every prompt")
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
         raise BenchFailed(f"{folder} exists: what an earlier bench left there would count as set-up done") from None
-    batch_size = settings.batch_size or workload.batch_size
-    most = max(settings.setup_pairs, (settings.warmup + settings.steps) * batch_size)
+    rows_a_step = batch_size // (samples or 1)
+    most = max(settings.setup_pairs, (settings.warmup + settings.steps) * rows_a_step)
     compact = None if settings.device == "cuda" or settings.stock else True
     job = Job(
         algorithm=workload.algorithm,
         folder=folder,
         batch_size=batch_size,
-        rows=-(-most // batch_size) * batch_size,
+        rows=-(-most // rows_a_step) * rows_a_step,
         max_length=workload.lengths.longest,
         seed=settings.seed,
         threads=settings.threads,
         device=settings.device,
         layout=settings.layout,
         compact=compact,
+        samples=samples,
+        longest=workload.lengths.completion_range[1],
     )
     rows = make_rows(workload, job.rows, settings.seed)
     write_rows(job.rows_file, rows)
     write_rows(job.ordered_file, in_training_order(rows, settings.seed))
-    write_model(job.model_folder, workload, settings.seed)
+    written_after = workload.lengths.prompt_median if samples else None
+    write_model(job.model_folder, workload.shape, workload.lengths.longest, settings.seed, written_after)
     return job
 
 

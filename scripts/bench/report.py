@@ -44,15 +44,13 @@ class Figures:
     """One race in numbers. Times are TRL / alignkit, so more is better; memory is alignkit / TRL, so less is better.
 
     `train_memory`: peak of the steps less what was resident when the model stood; `peak_memory`: that peak as it is.
-    Differences are the largest of all steps, the gradient norm's relative. Seconds are medians of the measured steps.
+    Seconds are medians of the measured steps. `agree`: whether both sides did what is right.
     """
 
     cpu: Ratio
     wall: Ratio
     train_memory: float
     peak_memory: float
-    loss_difference: float
-    grad_norm_difference: float
     agree: bool
     setup_cpu: float
     setup_wall: float
@@ -62,34 +60,50 @@ class Figures:
     peak_bytes: dict[str, int]
 
 
-def figures(tracks: Mapping[str, Track], settings: Settings) -> Figures:
-    """What a race shows: times of the steps after the warm-up, memory and losses of all."""
+@dataclass(frozen=True)
+class OfflineFigures(Figures):
+    """Differences are the largest of all steps, the gradient norm's relative."""
+
+    loss_difference: float
+    grad_norm_difference: float
+
+
+def figures(tracks: Mapping[str, Track], settings: Settings) -> OfflineFigures:
+    """What a race on equal rows shows: times of the steps after the warm-up, memory and losses of all."""
+    ours, theirs = tracks["alignkit"], tracks["trl"]
+    difference = max(abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=True))
+    gradients = max(abs(a - b) / b for a, b in zip(ours.grad_norms, theirs.grad_norms, strict=True))
+    allowed, allowed_gradients = TOLERANCE[settings.device]
+    return OfflineFigures(
+        **measured(tracks, settings),
+        agree=difference <= allowed and gradients <= allowed_gradients,
+        loss_difference=difference,
+        grad_norm_difference=gradients,
+    )
+
+
+def measured(tracks: Mapping[str, Track], settings: Settings) -> dict[str, Any]:
+    """What is measured of every race: the fields of `Figures` but `agree`."""
     ours, theirs = tracks["alignkit"], tracks["trl"]
     pairs = list(zip(ours.steps, theirs.steps, strict=True))[settings.warmup :]
     peaks = {side: max(lap.peak for lap in track.steps) for side, track in tracks.items()}
     grown = {side: max(1, peaks[side] - track.base) for side, track in tracks.items()}
-    difference = max(abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=True))
-    gradients = max(abs(a - b) / b for a, b in zip(ours.grad_norms, theirs.grad_norms, strict=True))
-    allowed, allowed_gradients = TOLERANCE[settings.device]
 
     def median(track: Track, of: str) -> float:
         return statistics.median(getattr(lap, of) for lap in track.steps[settings.warmup :])
 
-    return Figures(
-        cpu=Ratio.of([other.cpu / own.cpu for own, other in pairs]),
-        wall=Ratio.of([other.wall / own.wall for own, other in pairs]),
-        train_memory=grown["alignkit"] / grown["trl"],
-        peak_memory=peaks["alignkit"] / peaks["trl"],
-        loss_difference=difference,
-        grad_norm_difference=gradients,
-        agree=difference <= allowed and gradients <= allowed_gradients,
-        setup_cpu=theirs.setup.cpu / ours.setup.cpu,
-        setup_wall=theirs.setup.wall / ours.setup.wall,
-        step_cpu_seconds={side: median(track, "cpu") for side, track in tracks.items()},
-        step_wall_seconds={side: median(track, "wall") for side, track in tracks.items()},
-        train_bytes=grown,
-        peak_bytes=peaks,
-    )
+    return {
+        "cpu": Ratio.of([other.cpu / own.cpu for own, other in pairs]),
+        "wall": Ratio.of([other.wall / own.wall for own, other in pairs]),
+        "train_memory": grown["alignkit"] / grown["trl"],
+        "peak_memory": peaks["alignkit"] / peaks["trl"],
+        "setup_cpu": theirs.setup.cpu / ours.setup.cpu,
+        "setup_wall": theirs.setup.wall / ours.setup.wall,
+        "step_cpu_seconds": {side: median(track, "cpu") for side, track in tracks.items()},
+        "step_wall_seconds": {side: median(track, "wall") for side, track in tracks.items()},
+        "train_bytes": grown,
+        "peak_bytes": peaks,
+    }
 
 
 HEADINGS = (
@@ -98,7 +112,7 @@ HEADINGS = (
 )
 
 
-def table(rows: Sequence[tuple[str, int, Figures]]) -> str:
+def table(rows: Sequence[tuple[str, int, OfflineFigures]]) -> str:
     """A Markdown table, a workload a line; `a : b` is alignkit : TRL."""
     lines = [f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|"]
     for name, batch_size, found in rows:
@@ -165,6 +179,12 @@ class Document:
         """One race, with every step's numbers."""
         raw = {side: asdict(track) for side, track in tracks.items()}
         self._content["workloads"][name] = {"batch_size": batch_size, "figures": asdict(found), "raw": raw}
+        self.write()
+
+    def add_samples(self, name: str, found: Any, written: Mapping[str, Any]) -> None:
+        """One race of samplers, with every generation's numbers."""
+        raw = {side: asdict(own) for side, own in written.items()}
+        self._content["workloads"][name] = {"figures": asdict(found), "raw": raw}
         self.write()
 
     def skip(self, name: str, reason: str) -> None:

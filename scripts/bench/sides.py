@@ -1,7 +1,4 @@
-"""The two sides: each turns a job into a trainer that stops at the gate before its first step and after every one.
-
-A workload names its algorithm; `SIDES` says what races it on each side.
-"""
+"""The two sides: each turns a job into a trainer that stops at the gate before its first step and after every one."""
 
 from __future__ import annotations
 
@@ -11,13 +8,14 @@ from contextlib import suppress
 from typing import Any
 
 from bench.gate import Evidence, Gate, Stopped, rows_of
-from bench.job import BETA, LEARNING_RATE, MAX_GRAD_NORM, Job
+from bench.job import BETA, MAX_GRAD_NORM, Job
+from bench.workloads import even_share
 
 Side = Callable[[Job, Gate], Evidence]
 
 
-def alignkit_offline(job: Job, gate: Gate) -> Evidence:
-    """`alignkit train` of an offline method: only where its trainer stops is ours."""
+def alignkit_side(job: Job, gate: Gate) -> Evidence:
+    """`alignkit train`: only where its trainer stops is ours."""
     import_shared(job)
     from alignkit import load_recipe, run
 
@@ -28,17 +26,21 @@ def alignkit_offline(job: Job, gate: Gate) -> Evidence:
         assembled = assemble(*arguments)
         gate.model_built()
         trainer = assembled.trainer
-        take, train, due = trainer.rollouts.stream.take, trainer.run, trainer.due
+        collect, train, due = trainer.rollouts.collect, trainer.run, trainer.due
 
-        def observed() -> Any:
-            groups = take()
-            evidence.batches.append(
-                [
-                    (tuple(g.prompt), *(tuple(c.tokens) for c in sorted(g.completions, key=lambda c: -c.reward)))
-                    for g in groups
-                ]
-            )
-            return groups
+        def observed(version: int) -> Any:
+            groups, metrics = collect(version)
+            if job.samples:
+                evidence.batches.append([(tuple(g.prompt),) for g in groups])
+                evidence.lengths.append([len(c.tokens) for g in groups for c in g.completions])
+            else:
+                evidence.batches.append(
+                    [
+                        (tuple(g.prompt), *(tuple(c.tokens) for c in sorted(g.completions, key=lambda c: -c.reward)))
+                        for g in groups
+                    ]
+                )
+            return groups, metrics
 
         def begun() -> None:
             gate.passed()
@@ -48,7 +50,7 @@ def alignkit_offline(job: Job, gate: Gate) -> Evidence:
             due()
             gate.passed()
 
-        trainer.rollouts.stream.take, trainer.run, trainer.due = observed, begun, stepped
+        trainer.rollouts.collect, trainer.run, trainer.due = observed, begun, stepped
         return assembled
 
     run.assemble = gated
@@ -63,10 +65,11 @@ def alignkit_offline(job: Job, gate: Gate) -> Evidence:
         },
         "data": [{"path": str(job.rows_file)}],
         "algorithm": {"name": job.algorithm, "beta": BETA},
+        **(written_by_ourselves(job) if job.samples else {}),
         "train": {
             "num_epochs": 1,
             "batch_size": job.batch_size,
-            "learning_rate": LEARNING_RATE,
+            "learning_rate": job.learning_rate,
             "lr_scheduler": "constant",
             "max_grad_norm": MAX_GRAD_NORM,
             "max_length": job.max_length,
@@ -80,11 +83,23 @@ def alignkit_offline(job: Job, gate: Gate) -> Evidence:
     steps = [record for record in records if "loss" in record]
     evidence.losses, evidence.grad_norms = ([step[name] for step in steps] for name in ("loss", "grad_norm"))
     evidence.facts = {"threads": threads()}
+    if job.samples:
+        apart = [step["sampling/sampling_logp_difference/max"] for step in steps]
+        evidence.facts["sampling_logp_difference"] = max(apart)
     return evidence
 
 
-def trl_offline(job: Job, gate: Gate) -> Evidence:
-    """TRL's own trainer of an offline method, at its strongest."""
+def written_by_ourselves(job: Job) -> dict[str, Any]:
+    """What a recipe says of completions that the run writes itself; the loss is what TRL's is by default."""
+    return {
+        "algorithm": {"name": job.algorithm, "beta": 0.0, "aggregation": "token_mean"},
+        "rewards": [{"name": f"{even_share.__module__}:{even_share.__name__}"}],
+        "rollout": {"num_generations": job.samples, "max_completion_length": job.longest},
+    }
+
+
+def trl_side(job: Job, gate: Gate) -> Evidence:
+    """TRL's own trainer, at its strongest."""
     import_shared(job)
     import torch
     import trl
@@ -94,7 +109,25 @@ def trl_offline(job: Job, gate: Gate) -> Evidence:
     config_type, trainer_type, columns = {
         "dpo": (trl.DPOConfig, trl.DPOTrainer, ("prompt_ids", "chosen_ids", "rejected_ids")),
         "kto": (trl.KTOConfig, trl.KTOTrainer, ("prompt_ids", "completion_ids")),
+        "grpo": (trl.GRPOConfig, trl.GRPOTrainer, ()),
     }[job.algorithm]
+    rows_given: dict[str, Any] = {
+        "beta": BETA,
+        "max_length": job.max_length,
+        "train_sampling_strategy": "sequential",
+        "precompute_ref_log_probs": True,
+    }
+    rows_written: dict[str, Any] = {
+        "beta": 0.0,
+        "loss_type": "dapo",
+        "epsilon": 0.2,
+        "scale_rewards": "group",
+        "num_generations": job.samples,
+        "max_completion_length": job.longest,
+        "steps_per_generation": 1,
+        "shuffle_dataset": False,
+        "disable_dropout": True,
+    }
     heads = watch_head(job.compact)
     gate.imported()
     evidence = Evidence()
@@ -114,18 +147,14 @@ def trl_offline(job: Job, gate: Gate) -> Evidence:
     args = config_type(
         output_dir=str(job.output_folder("trl")),
         seed=job.seed,
-        beta=BETA,
-        learning_rate=LEARNING_RATE,
+        learning_rate=job.learning_rate,
         lr_scheduler_type="constant",
         max_grad_norm=MAX_GRAD_NORM,
         weight_decay=0.0,
         optim="adamw_torch_fused",
         per_device_train_batch_size=job.batch_size,
         gradient_accumulation_steps=1,
-        max_steps=job.rows // job.batch_size,
-        max_length=job.max_length,
-        train_sampling_strategy="sequential",
-        precompute_ref_log_probs=True,
+        max_steps=job.rows // job.rows_a_step,
         gradient_checkpointing=False,
         bf16=job.device == "cuda",
         use_cpu=job.device == "cpu",
@@ -133,6 +162,7 @@ def trl_offline(job: Job, gate: Gate) -> Evidence:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        **(rows_written if job.samples else rows_given),
     )
     tokenizer = AutoTokenizer.from_pretrained(job.model_folder)
     model = AutoModelForCausalLM.from_pretrained(job.model_folder, dtype=torch.float32).to(job.device)
@@ -144,14 +174,26 @@ def trl_offline(job: Job, gate: Gate) -> Evidence:
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         callbacks=[Stops()],
+        **({"reward_funcs": even_share} if job.samples else {}),
     )
-    collator = trainer.data_collator
+    if job.samples:
+        generate = trainer._generate_single_turn
 
-    def observed(examples: list[dict[str, Any]]) -> Any:
-        evidence.batches.append(rows_of(examples, columns))
-        return collator(examples)
+        def generated(prompts: list[list[int]], *others: Any) -> Any:
+            answers = generate(prompts, *others)
+            evidence.batches.append([(prompt,) for prompt in dict.fromkeys(map(tuple, prompts))])
+            evidence.lengths.append([len(answer) for answer in answers[0]])
+            return answers
 
-    trainer.data_collator = observed
+        trainer._generate_single_turn = generated
+    else:
+        collator = trainer.data_collator
+
+        def collated(examples: list[dict[str, Any]]) -> Any:
+            evidence.batches.append(rows_of(examples, columns))
+            return collator(examples)
+
+        trainer.data_collator = collated
     with suppress(Stopped):
         trainer.train()
         raise RuntimeError("TRL trained to its end and never stopped at the gate")
@@ -165,11 +207,8 @@ def trl_offline(job: Job, gate: Gate) -> Evidence:
     return evidence
 
 
-SIDES: Mapping[str, Mapping[str, Side]] = {
-    "alignkit": {"dpo": alignkit_offline, "kto": alignkit_offline},
-    "trl": {"dpo": trl_offline, "kto": trl_offline},
-}
-"""Side → algorithm → how it races."""
+SIDES: Mapping[str, Side] = {"alignkit": alignkit_side, "trl": trl_side}
+"""What races on each side."""
 
 
 def import_shared(job: Job) -> None:
@@ -213,7 +252,7 @@ def check_strongest(trainer: Any, facts: Mapping[str, Any], job: Job) -> None:
         "SDPA attention": facts["attention"] == "sdpa",
         "a fused optimizer": facts["optimizer"] == "AdamW fused=True",
         "no gradient checkpointing": not trainer.model.is_gradient_checkpointing,
-        "a precomputed reference": trainer.precompute_ref_logps and trainer.ref_model is None,
+        "a reference that costs nothing": trainer.ref_model is None and (job.samples or trainer.precompute_ref_logps),
         "dropout off": all(m.p == 0 for m in trainer.model.modules() if type(m).__name__ == "Dropout"),
         "a fused head": facts["head_scores_completions_only"]
         in ({True, False} if job.compact is None else {job.compact}),
