@@ -490,5 +490,6 @@ def test_the_console_script_ends_with_the_code() -> None:
         env={**os.environ, "NO_COLOR": "1"},
     )
     assert done.returncode == 2
-    assert "override 'algorithm.name=dpoo'  algorithm.name  unknown algorithm 'dpoo': did you mean 'dpo'?" in done.stderr
+    said = "override 'algorithm.name=dpoo'  algorithm.name  unknown algorithm 'dpoo': did you mean 'dpo'?"
+    assert said in done.stderr
     assert "\x1b" not in done.stderr
