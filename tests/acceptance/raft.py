@@ -11,8 +11,9 @@ from tests.acceptance.online import OnlineTask
 
 ROUNDS, NUM_PROMPTS, ALL_ANSWERS = 8, 64, 128
 """Rounds, prompts of one, and answers a step where all of them are in the mean."""
-SIGNED = {"rounds": 20, "selection": "threshold"}
-"""Right and wrong say less of an answer than a share does."""
+SIGNED = {"rounds": 30, "selection": "threshold", "beta": 0.02}
+"""Right and wrong say less of an answer than a share does. A digit all of whose answers turn wrong teaches nothing any
+more; only its divergence from the start brings it back, and at the default β of 0.001 some digits stay there."""
 PASSING, BOTH = 0.75, 0.1
 """The share of the digit that is right, and how near rewards of two runs are that are compared."""
 
