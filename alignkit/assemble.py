@@ -39,7 +39,15 @@ from alignkit.loop.trainer import Trainer
 from alignkit.models.cache import LogpsCache
 from alignkit.models.config import ModelConfig, RosterModelConfig
 from alignkit.models.heads import members
-from alignkit.models.load import DTYPES, check_context, fingerprint, load_policy, load_renderer, set_padding
+from alignkit.models.load import (
+    DTYPES,
+    adapter_base,
+    check_context,
+    fingerprint,
+    load_policy,
+    load_renderer,
+    set_padding,
+)
 from alignkit.models.merged import save_merged
 from alignkit.models.policy import CausalPolicy, ForwardOptions
 from alignkit.models.roster import AdapterReference, FrozenModel, Roster, Sampled, ScoringModel
@@ -393,10 +401,13 @@ class _Autocast:
 
 
 def _critic(recipe: Recipe, dist: DistEngine) -> Any:
-    """The model that expects rewards: of the policy's weights or another's, its score layer 0 where it is new."""
+    """The model that expects rewards: of the policy's weights or another's, its score layer 0 where it is new.
+
+    An adapter writes text; beside one the critic starts from the weights under it.
+    """
     config = recipe.models.get("critic", RosterModelConfig.model_validate({"from": "policy"}))
     path = recipe.model.name_or_path if config.source == "policy" else config.source
-    model = recipe.model.model_copy(update={"name_or_path": path})
+    model = recipe.model.model_copy(update={"name_or_path": adapter_base(path) or path})
     return load_policy(model, key(recipe.seed, "critic"), CRITIC_HEAD).to(dist.device)
 
 

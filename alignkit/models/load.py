@@ -239,6 +239,11 @@ def _with_adapter(model: Any, config: ModelConfig, adapter: str | None, seed: in
                 ),
             )
     saved = PeftLoraConfig.from_pretrained(adapter)
+    if not heads.is_language and saved.task_type == "CAUSAL_LM":
+        raise RecipeError(
+            f"model.name_or_path: {adapter!r} is an adapter that writes text, and this method scores it. Merge it "
+            "first (`alignkit export RUN DIR`) and name that folder, or name its base model."
+        )
     if (saved.r, saved.lora_alpha) != (lora.r, lora.alpha):
         raise RecipeError(
             f"model.lora: the adapter {adapter!r} has r={saved.r}, alpha={saved.lora_alpha}, the recipe "

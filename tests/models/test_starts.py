@@ -31,6 +31,24 @@ def test_a_hidden_score_layer_is_taken_up_again(tmp_path):
     assert not torch.equal(extra(fresh).outer.bias, extra(again).outer.bias)
 
 
+def test_beside_an_adapter_the_critic_starts_from_the_weights_under_it(tmp_path):
+    bench = Bench("sft", folder=tmp_path)
+    lora = {"lora": {"r": 4, "alpha": 8}}
+    adapter = train(bench.recipe("adapter", model=lora, max_steps=1), quiet=True, report=False).folder
+    online = Bench("ppo", folder=tmp_path / "online")
+    started = {**lora, "name_or_path": str(adapter)}
+    assert train(online.recipe("ppo", model=started, max_steps=1), quiet=True, report=False).steps == 1
+
+
+def test_an_adapter_that_writes_is_not_asked_to_score(tmp_path):
+    bench = Bench("sft", folder=tmp_path)
+    lora = {"lora": {"r": 4, "alpha": 8}}
+    adapter = train(bench.recipe("adapter", model=lora, max_steps=1), quiet=True, report=False).folder
+    scorer = Bench("reward_model", folder=tmp_path / "scorer")
+    with pytest.raises(RecipeError, match="is an adapter that writes text, and this method scores it"):
+        train(scorer.recipe("scorer", model={**lora, "name_or_path": str(adapter)}), quiet=True, report=False)
+
+
 def test_a_model_that_scores_is_not_asked_to_write(tmp_path):
     bench = Bench("reward_model", folder=tmp_path)
     folder = train(bench.recipe("scorer", max_steps=1), quiet=True, report=False).folder
