@@ -28,9 +28,12 @@ def test_the_last_block_is_the_program():
 
 
 def test_nothing_runs_unless_it_is_allowed():
+    """The same right program and test are worth 1 where running is allowed."""
     with pytest.warns(UserWarning, match="allow_execution: true"):
         source = CodeTests(CodeTestsConfig())
-    assert answers(source, ADD, tests=[[{"assert": "assert True"}]]) == [None]
+    tests = [[{"assert": "assert add(1, 2) == 3"}]]
+    assert answers(source, ADD, tests=tests) == [None]
+    assert answers(allowed(), ADD, tests=tests) == [1.0]
 
 
 def test_asserts_are_counted():
