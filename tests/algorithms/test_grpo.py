@@ -640,3 +640,11 @@ def test_shipped_recipes_are_of_their_method(name):
         assert asked is None or asked == 2 * whole
         folders.add(shipped.output_dir)
     assert folders == {f"runs/{name}-{kind}" for kind in ("stories", "qwen-0.5b", "qwen-0.5b-lora")}
+
+
+def test_a_process_without_a_completion_adds_nothing_to_the_spread_of_the_batch():
+    """Its stand-in for a row comes with the reward 0, which nobody gave."""
+    algorithm = made("grpo", advantage="batch_std")
+    _, alone = answers([2, 2], [1.0, 3.0])
+    _, beside = answers([2, 2, 2], [1.0, 3.0, 0.0], [0, 0, 1], row=torch.tensor([True, True, False]))
+    assert advantages(algorithm, beside)[:2] == pytest.approx(advantages(algorithm, alone))

@@ -64,3 +64,12 @@ def test_where_tokens_are_left_out_the_policy_is_asked_and_the_difference_weighs
 
 def test_no_cap_is_no_weight(bench):
     assert (round_of(bench, "uncapped", top_k=5, importance_cap=None)[WEIGHT] == 1).all()
+
+
+def test_the_temperature_costs_no_way_back(bench):
+    """A first use that differs from plain transformers would silently go by whole logits, which is exact and slow."""
+    recipe = written_by(bench, "way", temperature=0.5)
+    Path(recipe.output_dir).mkdir(parents=True)
+    path = assemble(recipe, DistEngine(torch.float32), Console(quiet=True)).trainer.policy.path
+    assert path.head is not None
+    assert not path.why
