@@ -38,6 +38,21 @@ class OnlineConfig(AlgorithmConfig):
     )
 
 
+class IterativeConfig(OnlineConfig):
+    """What every `algorithm` block of a method may hold that answers a large part of its prompts before it learns."""
+
+    rounds: int | None = Field(3, ge=1, description="how often prompts are answered and learned from")
+    prompts_per_round: int | None = Field(
+        None, ge=1, description="prompts answered at once, over all ranks; null = the data in as many parts as rounds"
+    )
+
+    @model_validator(mode="after")
+    def _ends(self) -> IterativeConfig:
+        if self.rounds is None and self.prompts_per_round is None:
+            raise ValueError("rounds: null leaves open how many prompts a round has; give prompts_per_round")
+        return self
+
+
 class CombineConfig(Config):
     """How the rewards of a completion become its reward."""
 

@@ -67,7 +67,13 @@ class Needs:
     completions, into the field `demonstration.reward`. `partners`: every group comes with the
     completion that stands before it in its round (`Group.partner`), the first with the last one's, whatever the ranks;
     without one where that is an answer to its own prompt. `strata`: a column whose values each round holds in the
-    proportion in which all the data does, so that equally frequent values come equally often.
+    proportion in which all the data does, so that equally frequent values come equally often. `models`: the run's other
+    models besides those of `columns` that the method or its rewards ask, and when each moves (`never`, `round`) where
+    the recipe does not say; it says so too of models in `columns`. `sources`: rewards that score a round where the
+    recipe lists none. `scored`: False where an online method has no use for rewards. `given`: completions that the data
+    has of a prompt stand behind those the policy writes, and are scored with them. `fresh`: columns filled anew before
+    every optimizer step, for `relabel`. `late`: columns filled for one micro-batch at a time, right before its forward:
+    they are in no annotation and no checkpoint, which is for what is too large to be kept, such as logits.
     """
 
     completions: int = 1
@@ -83,6 +89,18 @@ class Needs:
     demonstration: str | None = None
     partners: bool = False
     strata: str | None = None
+    models: Mapping[str, str] = field(default_factory=dict, hash=False)
+    sources: tuple[str, ...] = ()
+    scored: bool = True
+    given: bool = False
+    fresh: frozenset[str] = frozenset()
+    late: frozenset[str] = frozenset()
+
+    @property
+    def roster(self) -> frozenset[str]:
+        """Names of the run's other models that the method asks for."""
+        columns = {column.partition(".")[0] for column in self.columns | self.fresh | self.late}
+        return frozenset((columns | set(self.models)) - {"policy", "behaviour"})
 
 
 @dataclass(frozen=True)
@@ -112,17 +130,26 @@ class Heads:
         return self.kind == "language"
 
 
+def _cannot(text: str) -> list[int]:
+    raise NotImplementedError(f"these facts come without a tokenizer, so {text!r} has no tokens")
+
+
 @dataclass(frozen=True)
 class RolloutFacts:
     """What an online method may have to know of the rest of its recipe.
 
-    `weights`: the rewards by name; `Completion.scores` holds each. `max_completion_length` in tokens.
+    `weights`: the rewards by name; `Completion.scores` holds each. `max_completion_length` in tokens. `render`: a text
+    → the tokens of the prompt it makes, as the user's turn where the policy has a chat template and else as it is.
+    `encode`: a text → its tokens, none added. `max_length`: tokens of prompt and completion.
     """
 
     num_generations: int
     max_completion_length: int
     weights: Mapping[str, float]
     combine: CombineConfig
+    max_length: int = 0
+    render: Callable[[str], list[int]] = _cannot
+    encode: Callable[[str], list[int]] = _cannot
 
 
 class Algorithm(ABC, Generic[ConfigT]):
@@ -168,6 +195,11 @@ class Algorithm(ABC, Generic[ConfigT]):
         """Called once before anything is built: what the recipe says of rollouts and rewards. For online methods."""
         del facts
 
+    def admits(self, group: Group) -> bool:
+        """Whether a prompt is to be answered at all, before anything is written or scored for it."""
+        del group
+        return True
+
     def keeps(self, group: Group) -> bool:
         """Whether the method has a use for a scored group of a round; others make room as `needs.refills` says."""
         del group
@@ -185,6 +217,12 @@ class Algorithm(ABC, Generic[ConfigT]):
     def annotate_held_out(self, batch: Batch, world: World) -> Batch:
         """`annotate` of an evaluation. To be overridden where `annotate` moves state, which measuring must not."""
         return self.annotate(batch, world)
+
+    def relabel(self, batch: Batch, world: World) -> Batch:
+        """Columns that follow the policy from step to step, from the `fresh` ones. No gradient; sees this rank's units
+        of one optimizer step. Columns named as the batch's own take their place, for counts too."""
+        del world
+        return batch
 
     @abstractmethod
     def loss(self, out: Forward, batch: Batch) -> tuple[Terms, Metrics]:
@@ -242,9 +280,39 @@ class RolloutEngine(Protocol):
 
 
 class Models(Protocol):
-    """The run's models by name (`policy`, `reference`, …), for reward sources that need one."""
+    """The run's models by name, as they stand when a round is scored, for reward sources.
 
-    def logps(self, units: Sequence[Unit], model: str = "policy") -> list[list[float]]: ...
+    They are `policy`, those of the recipe's `models` block and those the method has; any other name is a RecipeError.
+    """
+
+    def identity(self, model: str = "policy") -> str:
+        """Tells a model's present weights from all others', for what is kept of its answers."""
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        model: str = "policy",
+        *,
+        n: int = 1,
+        temperature: float = 0.0,
+        max_tokens: int = 512,
+        stop: Sequence[str] = (),
+    ) -> list[list[str]]:
+        """`n` answers to each prompt, without the stop token or string that ended them; "" where it wrote nothing.
+
+        A prompt is the user's turn where the model has a chat template, else the text to go on with. Draws are keyed by
+        the prompt and the policy's version, so they depend on nothing that is asked beside it.
+        """
+        ...
+
+    def choices(self, prompts: Sequence[str], answers: Sequence[str], model: str = "policy") -> list[list[float]]:
+        """[B][n]: log-probability in nats, summed over its tokens, of each answer right behind each prompt."""
+        ...
+
+    def logps(self, units: Sequence[Unit], model: str = "policy") -> list[list[float]]:
+        """Of every row, in order: the log-probabilities of its trained tokens, in nats."""
+        ...
 
 
 class RewardSource(Protocol):

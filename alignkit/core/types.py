@@ -215,7 +215,8 @@ class Metric:
 class RewardBatch:
     """The completions of a round as a reward source sees them. B rows; T = longest completion.
 
-    `plain` [B]: where the data gave the prompt as a text, not as turns.
+    `plain` [B]: where the data gave the prompt as a text, not as turns. `prompt_ids` [B]: the tokens of each prompt;
+    `ids` [B]: of each group; `given` [B]: where the data gave the completion, and no model of this run wrote it.
     """
 
     prompts: list[list[Message]]
@@ -227,6 +228,9 @@ class RewardBatch:
     step: int
     ended: Tensor
     plain: list[bool] = field(default_factory=list)
+    prompt_ids: list[list[int]] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    given: list[bool] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from alignkit.core.config import Config
 
@@ -49,7 +49,27 @@ class RosterModelConfig(Config):
     source: str = Field(
         "policy", alias="from", description="'policy' = the weights the run starts from, or a model path"
     )
-    refresh: Literal["never"] = Field("never", description="when it moves")
+    refresh: Literal["never", "round"] | None = Field(
+        None,
+        description="when it moves: round = it becomes the policy in every round, after scoring and before the first "
+        "update; null = as the method has it",
+    )
     precompute: bool = Field(
         True, description="score the whole data set once, keep the numbers on disk, free the model"
     )
+    endpoint: str | None = Field(
+        None,
+        pattern="^https?://",
+        description="a server that speaks OpenAI's protocol, up to and with /v1: it judges in place of local weights",
+    )
+    served_name: str | None = Field(None, description="what that server calls the model; null = the name it has here")
+    token_env: str | None = Field(None, description="environment variable that holds that server's API key")
+    timeout: float = Field(60.0, gt=0, description="seconds that server may take for one answer")
+    max_requests: int = Field(16, ge=1, description="answers asked of that server at a time")
+    retries: int = Field(4, ge=0, description="how often a request is sent again that server did not answer")
+
+    @model_validator(mode="after")
+    def _is_one_thing(self) -> RosterModelConfig:
+        if self.endpoint is not None and (self.source != "policy" or self.refresh == "round"):
+            raise ValueError("a model behind an endpoint has no weights here; leave `from` and `refresh` out")
+        return self

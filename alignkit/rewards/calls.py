@@ -113,7 +113,10 @@ def select_rows(rows: RewardBatch, index: Sequence[int]) -> RewardBatch:
         columns={name: [values[i] for i in index] for name, values in rows.columns.items()},
         step=rows.step,
         ended=rows.ended[where],
-        plain=[rows.plain[i] for i in index] if rows.plain else [],
+        **{
+            name: [values[i] for i in index] if (values := getattr(rows, name)) else []
+            for name in ("plain", "prompt_ids", "ids", "given")
+        },
     )
 
 

@@ -202,6 +202,9 @@ def reward_batch(groups: Sequence[Group], step: int, stop_ids: Collection[int]) 
         columns={name: [group.fields.get(name) for _, group, _ in rows] for name in columns},
         step=step,
         plain=[group.plain for _, group, _ in rows],
+        prompt_ids=[group.prompt for _, group, _ in rows],
+        ids=[group.id for _, group, _ in rows],
+        given=[completion.version < 0 for _, _, completion in rows],
         ended=torch.tensor(
             [told if c.ended is None else c.ended for told, (_, _, c) in zip(last, rows, strict=True)], dtype=torch.bool
         ),
