@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from alignkit.core.config import CombineConfig, OnlineConfig
-from alignkit.core.contracts import Algorithm, Heads, RolloutEngine, RolloutFacts, with_loss
+from alignkit.assemble_models import build_models, forward_options
+from alignkit.core.config import CombineConfig, IterativeConfig, OnlineConfig
+from alignkit.core.contracts import Algorithm, AsksModels, Heads, RolloutEngine, RolloutFacts, World, with_loss
 from alignkit.core.errors import DataError, RecipeError, RunFailed
 from alignkit.core.registry import load_object, register
 from alignkit.core.rng import key
@@ -27,34 +27,33 @@ from alignkit.data.config import DataConfig
 from alignkit.data.groups import label_pairs, load_groups
 from alignkit.data.render import Renderer
 from alignkit.data.report import DataReport
-from alignkit.data.stream import Stream, with_partners
+from alignkit.data.stream import Stream, groups_per_epoch, with_partners
 from alignkit.dist.engine import DistEngine
 from alignkit.loop.checkpoint import Checkpoints
-from alignkit.loop.config import EvalConfig
 from alignkit.loop.evaluate import Evaluator
 from alignkit.loop.optim import build_optimizer, build_scheduler
 from alignkit.loop.rollouts import Rollouts, completion_metrics
 from alignkit.loop.round import Progress, Round
+from alignkit.loop.spool import DiskSpool
 from alignkit.loop.trainer import Trainer
-from alignkit.models.cache import LogpsCache
-from alignkit.models.config import ModelConfig, RosterModelConfig
+from alignkit.models.config import RosterModelConfig
 from alignkit.models.heads import members
 from alignkit.models.load import (
     DTYPES,
     adapter_base,
     check_context,
-    fingerprint,
     load_policy,
     load_renderer,
     set_padding,
 )
 from alignkit.models.merged import save_merged
-from alignkit.models.policy import CausalPolicy, ForwardOptions
-from alignkit.models.roster import AdapterReference, FrozenModel, Roster, Sampled, ScoringModel
-from alignkit.recipe import Recipe
+from alignkit.models.policy import CausalPolicy
+from alignkit.models.roster import OLD
+from alignkit.recipe import Recipe, prompts_per_round, recipe_rewards
 from alignkit.rewards.pipeline import build_sources, check_columns, reward_metrics, reward_name, score_groups
 from alignkit.rollout.config import SamplingConfig
 from alignkit.rollout.given import GivenCompletions
+from alignkit.rollout.models import RunModels
 from alignkit.rollout.native import NativeEngine
 from alignkit.rollout.vllm import VllmEngine
 from alignkit.track.sinks import JsonlSink, make_sinks
@@ -127,8 +126,11 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
         RolloutFacts(
             num_generations=recipe.rollout.num_generations,
             max_completion_length=recipe.rollout.max_completion_length,
-            weights={reward_name(reward): reward.weight for reward in recipe.rewards},
+            weights={reward_name(reward): reward.weight for reward in recipe_rewards(recipe)},
             combine=recipe.combine,
+            max_length=recipe.train.max_length,
+            render=renderer.prompt,
+            encode=renderer.encode,
         )
     )
     heads = algorithm.heads()
@@ -138,27 +140,29 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
     check_context(bare, recipe.train.max_length)
     if not heads.is_language:
         set_padding(members(bare), renderer)
-    temperature = recipe.rollout.temperature if needs.rewards else 1.0
+    # Ratios are of what tokens were drawn from; likelihoods and implicit rewards are of the model itself.
+    temperature = recipe.rollout.temperature if OLD in needs.columns else 1.0
     critic = _critic(recipe, dist) if "values" in needs.outputs else None
-    policy = CausalPolicy(bare.to(dist.device), dist, _options(recipe.model, temperature), heads, critic)
+    policy = CausalPolicy(bare.to(dist.device), dist, forward_options(recipe.model, temperature), heads, critic)
     _check_weights(policy, recipe.model.name_or_path)
     algorithm.prepare(groups)
     sample = _sample(recipe, groups, algorithm, policy, renderer)
     policy.try_path(sample)
-    roster = _roster(recipe, policy, algorithm, sample)
-    optimizer = build_optimizer(policy.parameters(), recipe.train, policy.critic_parameters())
-    policy.module = dist.prepare(policy.module, optimizer)
     stream = Stream(
         sources,
         [entry.weight for entry in recipe.data],
         seed=recipe.seed,
-        groups_per_round=_groups_per_round(recipe, algorithm),
+        groups_per_round=_groups_per_round(recipe, algorithm, sources),
         rank=dist.world.rank,
         size=dist.world.size,
         partners=recipe.train.max_length if needs.partners else None,
         strata=needs.strata,
     )
     progress = plan_progress(recipe, stream, algorithm)
+    scorers = _Scorers(recipe, algorithm)
+    roster, models = build_models(recipe, policy, algorithm, renderer, sample, scorers.models, lambda: progress.version)
+    optimizer = build_optimizer(policy.parameters(), recipe.train, policy.critic_parameters())
+    policy.module = dist.prepare(policy.module, optimizer)
     files = [JsonlSink(folder / name) for name in ("metrics.jsonl", "samples.jsonl")] if dist.is_main else []
     sinks = make_sinks(recipe.track, folder, console, quiet=console.quiet) if dist.is_main else []
 
@@ -171,27 +175,29 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, recipe.train, progress.total_steps),
         dist=dist,
-        rollouts=_rollouts(recipe, algorithm, stream, policy, renderer, groups, files, console),
+        rollouts=_rollouts(recipe, algorithm, stream, policy, renderer, groups, files, console, scorers, models),
         roster=roster,
         progress=progress,
         round=Round(recipe.seed, recipe.train.batch_size, recipe.train.epochs_per_round),
         track=Tracker(files[0] if files else None, sinks, recipe.train.logging_steps, algorithm.derive),
         checkpoints=Checkpoints(folder, recipe.train.save_total_limit, dist.world),
         evaluator=Evaluator(
-            _eval_config(recipe, algorithm),
+            scorers.eval_config,
             held_out,
             algorithm=algorithm,
             policy=policy,
             roster=roster,
             dist=dist,
             sampler=build_sampler(policy, renderer, recipe.eval.sampling, recipe.seed),
-            score=_eval_scorer(recipe, algorithm, held_out, renderer),
+            score=scorers.evaluation(held_out, renderer, models),
             samples=files[1] if files else None,
             say=lambda text: console.print(text, markup=False),
         ),
         write_model=partial(write_model, policy, renderer),
         starts_at_reference=_starts_at_reference(recipe, algorithm, policy),
-        max_logp_difference=recipe.rollout.allowed_difference(recipe.model.dtype),
+        max_logp_difference=recipe.rollout.allowed_difference(recipe.model.dtype)
+        if policy.temperature == recipe.rollout.temperature
+        else None,
     )
     return Assembled(trainer, renderer, groups, held_out, reports, files)
 
@@ -213,16 +219,21 @@ def build_algorithm(recipe: Recipe) -> Algorithm[Any]:
 
 def plan_progress(recipe: Recipe, stream: Stream, algorithm: Algorithm[Any]) -> Progress:
     """How many rounds and optimizer steps the recipe asks for."""
-    config, online = recipe.train, recipe.algorithm
+    config, method = recipe.train, recipe.algorithm
     rounds = max(1, round(config.num_epochs * stream.rounds_per_epoch))
-    if isinstance(online, OnlineConfig) and online.rounds is not None:
-        rounds = online.rounds
+    if isinstance(method, OnlineConfig) and method.rounds is not None:
+        rounds = method.rounds
     if config.max_steps is not None:
         return Progress(max(rounds, config.max_steps), config.max_steps)
     blank = [Completion("", [])] * recipe.rollout.num_generations
-    full = algorithm.needs.rewards
+    online, given = algorithm.needs.rewards, algorithm.needs.given
     units = (
-        sum(algorithm.count_units(replace(group, completions=blank) if full else group) for group in groups)
+        sum(
+            algorithm.count_units(
+                replace(group, completions=[*blank, *(group.completions if given else ())]) if online else group
+            )
+            for group in groups
+        )
         for groups in stream.rounds(rounds)
     )
     steps = sum(ceil(count / config.batch_size) for count in units) * config.epochs_per_round
@@ -251,7 +262,7 @@ def _load_all(
         if report.format == "preference" and "label" in algorithm.needs.fields:
             groups = label_pairs(groups)
         _check_needs(groups, algorithm, recipe.algorithm.name, f"{block}.{i}", report)
-        if algorithm.needs.rewards:
+        if algorithm.needs.rewards and not algorithm.needs.given:
             groups = [replace(group, completions=[]) for group in groups]
         sources.append(groups)
         reports.append(report)
@@ -304,34 +315,56 @@ def _flat(sources: Sequence[Sequence[Group]]) -> list[Group]:
     return [group for groups in sources for group in groups]
 
 
-def _eval_config(recipe: Recipe, algorithm: Algorithm[Any]) -> EvalConfig:
-    """The recipe's `eval`; samples of an online method are scored as in training where it names no rewards."""
-    if not algorithm.needs.rewards or recipe.eval.rewards or not recipe.eval.num_samples:
-        return recipe.eval
-    return recipe.eval.model_copy(update={"rewards": recipe.rewards})
+class _Scorers:
+    """The rewards of rounds, and those of evaluations: samples of an online method are scored as in training where
+    `eval` names no rewards."""
+
+    def __init__(self, recipe: Recipe, algorithm: Algorithm[Any]) -> None:
+        given = recipe_rewards(recipe) if algorithm.needs.rewards else []
+        as_trained = given and not recipe.eval.rewards and recipe.eval.num_samples
+        self.eval_config = recipe.eval.model_copy(update={"rewards": given}) if as_trained else recipe.eval
+        self.of_rounds, self.of_evaluations = build_sources(given), build_sources(self.eval_config.rewards)
+        self._combine = recipe.combine
+        self._eval_combine = CombineConfig() if recipe.eval.rewards else recipe.combine
+
+    @property
+    def models(self) -> set[str]:
+        """Models of the run that some reward asks."""
+        sources = [source for _, source in (*self.of_rounds, *self.of_evaluations)]
+        return {name for source in sources if isinstance(source, AsksModels) for name in source.models()}
+
+    def rounds(
+        self, groups: Sequence[Group], renderer: Renderer, models: RunModels, world: World
+    ) -> Callable[[list[Group], int], list[Group]]:
+        """What scores a round."""
+        check_columns(groups, self.of_rounds, self._combine)
+
+        def score(given: list[Group], version: int) -> list[Group]:
+            stops, combine = renderer.stop_ids, self._combine
+            return score_groups(given, self.of_rounds, version, models, stop_ids=stops, combine=combine, world=world)
+
+        return score
+
+    def evaluation(
+        self, held_out: Sequence[Group], renderer: Renderer, models: RunModels
+    ) -> Callable[[list[Group]], list[Group]]:
+        """What scores the samples of an evaluation."""
+        sources, combine = self.of_evaluations, self._eval_combine
+        check_columns(held_out, sources, combine)
+
+        def score(groups: list[Group]) -> list[Group]:
+            score_groups(groups, sources, 0, models, stop_ids=renderer.stop_ids, combine=combine)
+            return groups
+
+        return score
 
 
-def _eval_scorer(
-    recipe: Recipe, algorithm: Algorithm[Any], held_out: Sequence[Group], renderer: Renderer
-) -> Callable[[list[Group]], list[Group]]:
-    config = _eval_config(recipe, algorithm)
-    combine = CombineConfig() if recipe.eval.rewards else recipe.combine
-    sources = build_sources(config.rewards)
-    check_columns(held_out, sources, combine)
-
-    def score(groups: list[Group]) -> list[Group]:
-        score_groups(groups, sources, 0, stop_ids=renderer.stop_ids, combine=combine)
-        return groups
-
-    return score
-
-
-def _groups_per_round(recipe: Recipe, algorithm: Algorithm[Any]) -> int:
+def _groups_per_round(recipe: Recipe, algorithm: Algorithm[Any], sources: Sequence[Sequence[Group]]) -> int:
     """Offline a round is an optimizer batch; online so many prompts as are answered at once."""
     if not algorithm.needs.rewards:
         return recipe.train.batch_size
-    asked = recipe.algorithm.prompts_per_round if isinstance(recipe.algorithm, OnlineConfig) else None
-    return asked if asked is not None else recipe.train.batch_size // recipe.rollout.num_generations
+    weights = [entry.weight for entry in recipe.data]
+    return prompts_per_round(recipe, algorithm, groups_per_epoch(sources, weights))
 
 
 def _rollouts(
@@ -343,20 +376,18 @@ def _rollouts(
     groups: Sequence[Group],
     files: Sequence[JsonlSink],
     console: Console,
+    scorers: _Scorers,
+    models: RunModels,
 ) -> Rollouts:
     """What fills the rounds of this recipe."""
     needs, world = algorithm.needs, policy.dist.world
     if not needs.rewards:
         return Rollouts(stream, GivenCompletions(), algorithm, world, needs.completions)
-    sources = build_sources(recipe.rewards)
-    check_columns(groups, sources, recipe.combine)
-
-    def score(given: list[Group], version: int) -> list[Group]:
-        return score_groups(given, sources, version, stop_ids=renderer.stop_ids, combine=recipe.combine, world=world)
+    score = scorers.rounds(groups, renderer, models, world)
 
     def measure(given: Sequence[Group]) -> dict[str, Metric]:
         longest = recipe.rollout.max_completion_length
-        return {**reward_metrics(given, sources), **completion_metrics(given, longest)}
+        return {**reward_metrics(given, scorers.of_rounds), **completion_metrics(given, longest)}
 
     def say(text: str) -> None:
         console.print(text, markup=False)
@@ -380,8 +411,19 @@ def _rollouts(
     else:
         engine = _Autocast(build_sampler(policy, renderer, recipe.rollout, recipe.seed), policy.dist)
     shown = files[1] if files else None
+    spool = DiskSpool(Path(recipe.output_dir) / "rounds", world)
     return Rollouts(
-        stream, engine, algorithm, world, recipe.rollout.num_generations, score, measure, encode, shown, say
+        stream,
+        engine,
+        algorithm,
+        world,
+        recipe.rollout.num_generations,
+        score,
+        measure,
+        encode,
+        shown,
+        say,
+        spool=spool if isinstance(recipe.algorithm, IterativeConfig) else None,
     )
 
 
@@ -411,10 +453,6 @@ def _critic(recipe: Recipe, dist: DistEngine) -> Any:
     return load_policy(model, key(recipe.seed, "critic"), CRITIC_HEAD).to(dist.device)
 
 
-def _options(model: ModelConfig, temperature: float = 1.0) -> ForwardOptions:
-    return ForwardOptions(model.layout, model.attn_implementation, model.activation_offload, temperature)
-
-
 def _sample(
     recipe: Recipe, groups: Sequence[Group], algorithm: Algorithm[Any], policy: CausalPolicy, renderer: Renderer
 ) -> list[Unit]:
@@ -436,49 +474,6 @@ def _longest_and_shortest(groups: Sequence[Group]) -> list[Group]:
 
     ordered = sorted(groups, key=length, reverse=True)
     return [*ordered[:TRIED_GROUPS], *ordered[TRIED_GROUPS:][-1:]]
-
-
-def _roster(recipe: Recipe, policy: CausalPolicy, algorithm: Algorithm[Any], sample: Sequence[Unit]) -> Roster:
-    models: dict[str, ScoringModel] = {}
-    caches: dict[str, LogpsCache] = {}
-    for name in sorted({column.partition(".")[0] for column in algorithm.needs.columns} - {"policy", "behaviour"}):
-        config = recipe.models.get(name, RosterModelConfig.model_validate({"from": "policy"}))
-        models[name] = _other_model(recipe.model, config, policy, sample)
-        if config.precompute and not algorithm.needs.rewards:
-            start = policy.bare if config.source == "policy" else load_policy(_frozen(recipe.model, config.source))
-            software = f"torch {torch.__version__} transformers {version('transformers')}"
-            head = "whole" if policy.path.head is None else "chunked"
-            way = f"{recipe.model.dtype} {recipe.model.attn_implementation} {policy.path.layout} {head}"
-            identity = f"{fingerprint(start)} {way} {software}"
-            caches[name] = LogpsCache(identity, policy.dist.world)
-    unknown = sorted(set(recipe.models) - set(models) - ({"critic"} if policy.critic is not None else set()))
-    if unknown:
-        raise RecipeError(
-            f"models.{unknown[0]}: {recipe.algorithm.name} uses no model of that name; it uses "
-            f"{', '.join(models) or 'none besides the policy'}"
-        )
-    sampled = Sampled(recipe.rollout.trusts_sampler(recipe.model.dtype), recipe.rollout.importance_cap)
-    return Roster(policy, models, caches, sampled)
-
-
-def _frozen(model: ModelConfig, path: str) -> ModelConfig:
-    return model.model_copy(update={"name_or_path": path, "lora": None, "gradient_checkpointing": False})
-
-
-def _other_model(
-    model: ModelConfig, config: RosterModelConfig, policy: CausalPolicy, sample: Sequence[Unit]
-) -> ScoringModel:
-    if config.source == "policy" and model.lora is not None:
-        return AdapterReference(policy)
-    frozen = _frozen(model, model.name_or_path if config.source == "policy" else config.source)
-
-    def load() -> CausalPolicy:
-        options = _options(frozen, policy.temperature)
-        loaded = CausalPolicy(load_policy(frozen).to(policy.dist.device), policy.dist, options)
-        loaded.try_path(sample)
-        return loaded
-
-    return FrozenModel(load)
 
 
 def _starts_at_reference(recipe: Recipe, algorithm: Algorithm[Any], policy: CausalPolicy) -> bool:

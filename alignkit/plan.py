@@ -12,14 +12,22 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from alignkit.core.config import OnlineConfig
+from alignkit.core.config import IterativeConfig, OnlineConfig
 from alignkit.core.contracts import Algorithm, Needs
 from alignkit.core.documents import Mistakes
 from alignkit.core.errors import DataError
 from alignkit.data.config import DataConfig
 from alignkit.data.shapes import SHAPES, choose_format
 from alignkit.data.sources import Table, in_our_shape, read_rows
-from alignkit.recipe import Recipe, check_paths, departures, find_algorithm
+from alignkit.recipe import (
+    Recipe,
+    check_paths,
+    departures,
+    find_algorithm,
+    prompts_per_round,
+    recipe_rewards,
+    units_per_prompt,
+)
 
 PEEKED_ROWS = 64
 COUNTED_BYTES = 256 * 2**20
@@ -39,8 +47,8 @@ def check(recipe: Recipe) -> list[str]:
     Raises: RecipeError with every file that is missing, or every data entry whose columns do not fit.
     """
     check_paths(recipe)
-    method: type[Algorithm[Any]] = find_algorithm(recipe.algorithm.name).target
-    needs = method(recipe.algorithm).needs
+    method: Algorithm[Any] = find_algorithm(recipe.algorithm.name).target(recipe.algorithm)
+    needs = method.needs
     mistakes = Mistakes()
     mistakes.open(recipe.origin.root.place.document)
     entries = {f"data.{i}": entry for i, entry in enumerate(recipe.data)}
@@ -55,7 +63,7 @@ def check(recipe: Recipe) -> list[str]:
             mistakes.add(recipe.origin.place(f"{key}.path"), key, str(error))
     mistakes.stop_if_any()
     if needs.rewards:
-        lines += _rollout_lines(recipe)
+        lines += _rollout_lines(recipe, method)
     lines += _eval_lines(recipe)
     return [*lines, *_batch_lines(recipe, method)]
 
@@ -137,7 +145,7 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
-def _batch_lines(recipe: Recipe, method: type[Algorithm[Any]]) -> Iterator[str]:
+def _batch_lines(recipe: Recipe, method: Algorithm[Any]) -> Iterator[str]:
     """The arithmetic from groups to updates, spelled out."""
     train, ranks, rows = recipe.train, int(os.environ.get("WORLD_SIZE", "1")), method.rows_per_unit(recipe.algorithm)
     unit = "unit" if rows == 1 else f"unit of {rows} rows"
@@ -159,7 +167,7 @@ def _batch_lines(recipe: Recipe, method: type[Algorithm[Any]]) -> Iterator[str]:
     yield f"length      {_length(recipe, method)}"
 
 
-def _count_groups(entry: DataConfig, method: type[Algorithm[Any]]) -> int | None:
+def _count_groups(entry: DataConfig, method: Algorithm[Any]) -> int | None:
     """Groups that the rows become: a pair is two to a method that learns from labels.
 
     None where what the rows hold decides: an operation may make several of one, and a ranked row may be several units.
@@ -170,21 +178,20 @@ def _count_groups(entry: DataConfig, method: type[Algorithm[Any]]) -> int | None
     if rows is None or columns is None:
         return rows
     shape = choose_format(entry.format, columns, entry.path)
-    if shape == "ranked" and method.count_units is not Algorithm.count_units:
+    if shape == "ranked" and type(method).count_units is not Algorithm.count_units:
         return None
     return rows * 2 if shape == "preference" and "label" in method.needs.fields else rows
 
 
-def _length(recipe: Recipe, method: type[Algorithm[Any]]) -> str:
-    train, per_round = recipe.train, _groups_per_round(recipe)
-    counts = [_count_groups(entry, method) for entry in recipe.data]
-    known = [count for count in counts if count is not None]
+def _length(recipe: Recipe, method: Algorithm[Any]) -> str:
+    train = recipe.train
     if train.max_steps is not None:
         return f"{train.max_steps} steps (max_steps)"
-    if len(known) < len(counts):
+    groups = _groups_per_epoch(recipe, method)
+    if groups is None:
         return f"{train.num_epochs:g} epochs; the number of steps is known once the data is read"
-    groups = sum(max(1, round(count * entry.weight)) for count, entry in zip(known, recipe.data, strict=True))
     if method.needs.rewards:
+        per_round = prompts_per_round(recipe, method, groups)
         rounds = _rounds(recipe, ceil(groups / per_round))
         return f"{groups} prompts an epoch, {per_round} a round → {_count(rounds, 'round')}, if no row is dropped"
     per_epoch = ceil(groups / train.batch_size)
@@ -198,11 +205,13 @@ def _length(recipe: Recipe, method: type[Algorithm[Any]]) -> str:
     )
 
 
-def _groups_per_round(recipe: Recipe) -> int:
-    """Prompts of one round of an online method."""
-    config = recipe.algorithm
-    asked = config.prompts_per_round if isinstance(config, OnlineConfig) else None
-    return asked if asked is not None else max(1, recipe.train.batch_size // recipe.rollout.num_generations)
+def _groups_per_epoch(recipe: Recipe, method: Algorithm[Any]) -> int | None:
+    """Groups of an epoch, if no row is dropped; None where only reading the data tells."""
+    counts = [_count_groups(entry, method) for entry in recipe.data]
+    known = [count for count in counts if count is not None]
+    if len(known) < len(counts):
+        return None
+    return sum(max(1, round(count * entry.weight)) for count, entry in zip(known, recipe.data, strict=True))
 
 
 def _rounds(recipe: Recipe, per_epoch: int) -> int:
@@ -211,20 +220,25 @@ def _rounds(recipe: Recipe, per_epoch: int) -> int:
     return asked if asked is not None else max(1, round(recipe.train.num_epochs * per_epoch))
 
 
-def _rollout_lines(recipe: Recipe) -> Iterator[str]:
+def _rollout_lines(recipe: Recipe, method: Algorithm[Any]) -> Iterator[str]:
     """Who answers how many prompts, what scores the answers, and how many updates that makes."""
     rollout, train = recipe.rollout, recipe.train
-    prompts = _groups_per_round(recipe)
-    written = prompts * rollout.num_generations
+    groups = _groups_per_epoch(recipe, method)
     who = "the policy itself, in this process" if rollout.engine == "native" else f"the {rollout.engine} server"
-    yield (
-        f"rollout     {_count(prompts, 'prompt')} × {_count(rollout.num_generations, 'completion')} = {written} a "
-        f"round, of at most {rollout.max_completion_length} tokens at temperature {rollout.temperature:g}, by {who}"
-    )
-    names = " + ".join(f"{reward.weight:g} × {reward.name}" for reward in recipe.rewards)
-    yield f"rewards     {names}"
-    batches = ceil(written / train.batch_size) * train.epochs_per_round
-    yield f"round       up to {_count(batches, 'optimizer step')} on what was written, then it is written anew"
+    how = f"of at most {rollout.max_completion_length} tokens at temperature {rollout.temperature:g}, by {who}"
+    each = _count(rollout.num_generations, "completion")
+    if groups is None and isinstance(recipe.algorithm, IterativeConfig) and recipe.algorithm.prompts_per_round is None:
+        yield f"rollout     the data in {recipe.algorithm.rounds} parts, {each} a prompt, {how}"
+        updates = ""
+    else:
+        prompts = prompts_per_round(recipe, method, groups or 0)
+        written = prompts * rollout.num_generations
+        yield f"rollout     {_count(prompts, 'prompt')} × {each} = {written} a round, {how}"
+        batches = ceil(prompts * units_per_prompt(recipe, method) / train.batch_size) * train.epochs_per_round
+        updates = f"up to {_count(batches, 'optimizer step')} on what was written, then "
+    if names := " + ".join(f"{reward.weight:g} × {reward.name}" for reward in recipe_rewards(recipe)):
+        yield f"rewards     {names}"
+    yield f"round       {updates}it is written anew"
 
 
 def _eval_lines(recipe: Recipe) -> Iterator[str]:
@@ -250,7 +264,7 @@ def _eval_lines(recipe: Recipe) -> Iterator[str]:
 
 
 def _scored(recipe: Recipe) -> str:
-    rewards = recipe.eval.rewards or recipe.rewards  # an online method's samples are scored as in training
+    rewards = recipe.eval.rewards or recipe_rewards(recipe)  # an online method's samples are scored as in training
     if not rewards:
         return ""
     names = " + ".join(reward.name for reward in rewards)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import yaml
 from pydantic import Field, PrivateAttr, SerializeAsAny, field_validator
 
 from alignkit.advice import advise, key_homes
-from alignkit.core.config import AlgorithmConfig, CombineConfig, Config, OnlineConfig
+from alignkit.core.config import AlgorithmConfig, CombineConfig, Config, IterativeConfig, OnlineConfig
 from alignkit.core.contracts import Algorithm
 from alignkit.core.documents import (
     Block,
@@ -35,6 +36,7 @@ from alignkit.core.errors import RecipeError
 from alignkit.core.reading import ConfigReader, did_you_mean, type_scalar
 from alignkit.core.registry import Entry as Registered
 from alignkit.core.registry import load_module, load_object, register
+from alignkit.core.types import Completion, Group
 from alignkit.data.config import DataConfig
 from alignkit.data.operations import OperationConfig, find_operation
 from alignkit.files import note_missing_files
@@ -306,12 +308,12 @@ _PAIRS = ("text", "messages", "prompt", "prompt_completion")
 def _check_needs(root: Block, algorithm: Registered, mistakes: Mistakes) -> None:
     """Notes what the algorithm needs and the recipe cannot give."""
     needs = algorithm.target.needs
-    models_used = {column.partition(".")[0] for column in needs.columns} - {"policy", "behaviour"}
-    used = sorted(models_used | ({"critic"} if "values" in needs.outputs else set()))
+    used = sorted(needs.roster | ({"critic"} if "values" in needs.outputs else set()))
+    asked = _texts_below(root.entries["rewards"].node) if "rewards" in root.entries else set()
     models = root.entries.get("models")
     if models is not None and isinstance(models.node, Block):
         for name, entry in models.node.entries.items():
-            if name not in used:
+            if name not in used and name not in asked:
                 hint = did_you_mean(name, used) or (f"it uses {', '.join(used)}" if used else "it uses none; remove it")
                 mistakes.add(entry.place, f"models.{name}", f"{algorithm.name} uses no model {name!r}; {hint}")
     rewards = root.entries.get("rewards")
@@ -334,9 +336,48 @@ def _check_needs(root: Block, algorithm: Registered, mistakes: Mistakes) -> None
             mistakes.add(given.node.place, f"data.{number}.format", text)
 
 
+def _texts_below(node: Node) -> set[str]:
+    """Every text in a part of a recipe: the names that a reward's `args` may give of models are among them."""
+    match node:
+        case Scalar():
+            return {str(node.value)}
+        case Items():
+            return {text for inner in node.nodes for text in _texts_below(inner)}
+        case Block():
+            return {text for entry in node.entries.values() for text in _texts_below(entry.node)}
+    return set()
+
+
+def recipe_rewards(recipe: Recipe) -> list[RewardConfig]:
+    """What scores the completions of a round: the recipe's `rewards`, or those its method has where there are none."""
+    if recipe.rewards:
+        return recipe.rewards
+    method: Algorithm[Any] = find_algorithm(recipe.algorithm.name).target(recipe.algorithm)
+    return [RewardConfig(name=name) for name in method.needs.sources]
+
+
+def units_per_prompt(recipe: Recipe, method: Algorithm[Any]) -> int:
+    """Units that an online method makes of the completions of a prompt, at most."""
+    blank = Group(id="", messages=[], prompt=[], completions=[Completion("", [])] * recipe.rollout.num_generations)
+    return max(1, method.count_units(blank))
+
+
+def prompts_per_round(recipe: Recipe, method: Algorithm[Any], num_prompts: int) -> int:
+    """Prompts that an online method answers at once, of so many that the data has."""
+    config = recipe.algorithm
+    if isinstance(config, OnlineConfig) and config.prompts_per_round is not None:
+        return config.prompts_per_round
+    if isinstance(config, IterativeConfig):
+        assert config.rounds is not None, "its own validation"
+        return max(1, ceil(num_prompts / config.rounds))
+    return max(1, recipe.train.batch_size // units_per_prompt(recipe, method))
+
+
 def _check_rollouts(recipe: Recipe, algorithm: Registered, origin: Origin, mistakes: Mistakes) -> None:
     """Notes what keeps an online method from answering prompts and learning from what it wrote."""
-    needs, rollout, config = algorithm.target.needs, recipe.rollout, recipe.algorithm
+    rollout, config = recipe.rollout, recipe.algorithm
+    method: Algorithm[Any] = algorithm.target(config)
+    needs = method.needs  # as this config has them
 
     def note(key: str, text: str) -> None:
         mistakes.add(origin.place(key), key, text)
@@ -346,8 +387,7 @@ def _check_rollouts(recipe: Recipe, algorithm: Registered, origin: Origin, mista
             if block != type(block)():
                 note(key, f"{algorithm.name} learns from given completions and writes none; remove the block")
         return
-    needs = algorithm.target(config).needs  # as this config has them
-    if not recipe.rewards:
+    if not recipe.rewards and not needs.sources and needs.scored:
         note("rewards", f"missing key; {algorithm.name} learns from scored completions, so say what scores them")
     least = needs.completions
     if rollout.num_generations < least:
@@ -363,9 +403,11 @@ def _check_rollouts(recipe: Recipe, algorithm: Registered, origin: Origin, mista
             note(f"combine.{key}", f"it is {found}, which is not {algorithm.name}; set {key}: {value}")
     if recipe.combine.level == "advantage" and not needs.vector:
         note("combine.level", f"{algorithm.name} takes one reward a completion; set level: reward")
+    if recipe.rewards and not needs.scored:
+        note("rewards", f"{algorithm.name} learns from completions whatever they are worth; remove the block")
     prompts = config.prompts_per_round if isinstance(config, OnlineConfig) else None
-    if prompts is None and recipe.train.batch_size % rollout.num_generations:
-        size, count = recipe.train.batch_size, rollout.num_generations
+    size, count = recipe.train.batch_size, units_per_prompt(recipe, method)
+    if prompts is None and not isinstance(config, IterativeConfig) and size % count:
         near = max(count, round(size / count) * count)
         note(
             "train.batch_size",

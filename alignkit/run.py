@@ -42,7 +42,7 @@ RECIPE_FILE = "recipe.resolved.yaml"
 RUN_FILES = (
     *("recipe.resolved.yaml", "departures.yaml", "run.lock", "data_report.json", "metrics.jsonl", "samples.jsonl"),
     *("checkpoint-*", ".writing-*", "debug", "rollout", "runs", "wandb", "report.html", "README.md"),
-    *("best", "best.json"),
+    *("best", "best.json", "rounds", "rounds.jsonl"),
     *("*.safetensors", "member-*", "critic", "*.safetensors.index.json", "*config.json", "chat_template.jinja"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
 )

@@ -323,6 +323,13 @@ class RewardSource(Protocol):
     def score(self, rows: RewardBatch, models: Models | None) -> RewardOutput: ...
 
 
+@runtime_checkable
+class AsksModels(Protocol):
+    """A reward source that asks models of the run, and says which: they are then there, or the recipe is refused."""
+
+    def models(self) -> tuple[str, ...]: ...
+
+
 class Sink(Protocol):
     """Receives what a run logs, on rank 0 only. A sink never steers and never stops a run for want of a network."""
 

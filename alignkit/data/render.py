@@ -125,6 +125,18 @@ class Renderer:
         """The tokens of `text`, no special ones added."""
         return self._encode([text])[text]
 
+    def prompt(self, text: str) -> list[int]:
+        """The tokens of the prompt that a text makes: the user's turn where there is a chat template, else as it is.
+
+        Raises: DataError when the chat template refuses it.
+        """
+        chat = bool(self.chat_template or self.tokenizer.chat_template)
+        asked: str | list[Message] = [Message(role="user", content=text)] if chat else text
+        rendered = self.render([Example(prompt=asked, completions=[])])[0]
+        if isinstance(rendered, BadRow):
+            raise DataError(f"the prompt {text[:60]!r} cannot be written: {rendered.reason} {rendered.note}")
+        return rendered.prompt
+
     def _special_tokens_in_front(self) -> list[int]:
         """What the tokenizer itself puts before a plain text; what it may put behind is ours to decide."""
         probe = "a"

@@ -58,6 +58,17 @@ def _cut(completion: Completion, room: int) -> Completion:
     )
 
 
+def groups_per_epoch(sources: Sequence[Sequence[Group]], weights: Sequence[float]) -> int:
+    """Groups of one epoch of a stream of these sources."""
+    return sum(_shares(sources, weights))
+
+
+def _shares(sources: Sequence[Sequence[Group]], weights: Sequence[float]) -> list[int]:
+    return [
+        max(1, round(len(source) * weight)) if source else 0 for source, weight in zip(sources, weights, strict=True)
+    ]
+
+
 class Stream:
     """Rounds of `groups_per_round` groups over all ranks; this rank takes every `size`-th of them from `rank` on.
 
@@ -85,10 +96,7 @@ class Stream:
         self.sources, self.weights, self.seed = sources, weights, seed
         self.groups_per_round, self.rank, self.size = groups_per_round, rank, size
         self._partners, self._strata = partners, strata
-        self._shares = [
-            max(1, round(len(source) * weight)) if source else 0
-            for source, weight in zip(sources, weights, strict=True)
-        ]
+        self._shares = _shares(sources, weights)
         self._epoch, self._cursor = 0, 0
         self._order = self._draw(0)
 

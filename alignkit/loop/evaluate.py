@@ -106,6 +106,7 @@ class Evaluator:
         needs = self._algorithm.needs
         batch = self._roster.fill(collate(units, blank_like(units, world)), needs.columns, needs.slots)
         batch = self._algorithm.annotate_held_out(batch, world)
+        batch = self._algorithm.relabel(self._roster.fill(batch, needs.fresh), world) if needs.fresh else batch
         index = list(range(batch.num_units)) if units else []
         counts = global_counts(batch, index, world)
         totals: Totals = {}
@@ -117,7 +118,8 @@ class Evaluator:
             return loss
 
         for micro in self._policy.cut(batch, index, SCORING_TOKENS):
-            self._policy.loss(select_units(batch, micro), needs.outputs | EVAL_OUTPUTS, objective)
+            some = self._roster.fill(select_units(batch, micro), needs.late)
+            self._policy.loss(some, needs.outputs | EVAL_OUTPUTS, objective)
         totals.pop("num_input_tokens", None)
         drop_single_term(totals)
         return reduce(totals, world)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from alignkit.core.contracts import Algorithm, RolloutEngine, World
-from alignkit.core.types import Completion, Group, Metric
+from alignkit.core.types import NAN, Completion, Group, Metric
 from alignkit.data.stream import Stream
 from alignkit.track.metrics import Totals, add
 from alignkit.track.sinks import JsonlSink
@@ -21,6 +22,11 @@ DEMONSTRATION = "demonstration.reward"
 
 Score = Callable[[list[Group], int], list[Group]]
 """Groups and the policy's version → those to go on with, scored."""
+
+
+Spool = Callable[[str, int, int, list[Group], Callable[[list[Group]], list[Group]]], list[Group]]
+"""A phase, the policy's version, how often prompts were drawn anew, groups, and what is done with them → what comes of
+it, maybe without doing it again."""
 
 
 def _as_they_are(groups: list[Group], version: int) -> list[Group]:
@@ -39,6 +45,7 @@ class Rollouts:
         encode: text → the tokens of a completion that ended, for demonstrations that are to be scored.
         samples: where some completions of every round are shown; None = nowhere.
         say: tells the user.
+        spool: keeps what was written or scored, for a run that is killed in a long round; None = nothing does.
     """
 
     stream: Stream
@@ -51,6 +58,7 @@ class Rollouts:
     encode: Callable[[str], list[int]] | None = None
     samples: JsonlSink | None = None
     say: Callable[[str], None] = print
+    spool: Spool | None = None
     places: dict[str, int] = field(default_factory=dict)
     """Where each group of the last round stands in it, over all ranks, by id."""
     unfinished: bool = False
@@ -84,12 +92,14 @@ class Rollouts:
             drawn = self._tell_apart(self.stream.take(), taken) if needs.rewards else self.stream.take()
             first = turn * self.stream.groups_per_round + self.world.rank
             places = {group.id: first + i * self.world.size for i, group in enumerate(drawn)}
-            groups = self._scored(self.engine.fill(drawn, self.num_completions), version)
+            asked = [group for group in drawn if self.algorithm.admits(group)]
+            written = self._phase("written", version, turn, asked, self._written)
+            groups = self._phase("scored", version, turn, written, partial(self._scored, version=version))
             if self.measure is not None:
                 add(metrics, self.measure(groups))
             mine = [group for group in groups if self.algorithm.keeps(group)]
             kept |= {group.id: (places[group.id], group) for group in mine}
-            tried, missed = tried + len(drawn), missed + len(drawn) - len(mine)
+            tried, missed = tried + len(asked), missed + len(asked) - len(mine)
             if not needs.refills:
                 break
             counts = torch.tensor([float(len(drawn)), float(len(kept))], dtype=torch.float64)
@@ -108,6 +118,21 @@ class Rollouts:
             for group in chosen[:SHOWN]:
                 self.samples.log({"step": version, "split": "train", **shown(group)})
         return chosen, metrics
+
+    def _phase(
+        self, name: str, version: int, turn: int, groups: list[Group], work: Callable[[list[Group]], list[Group]]
+    ) -> list[Group]:
+        return work(groups) if self.spool is None else self.spool(name, version, turn, groups, work)
+
+    def _written(self, groups: list[Group]) -> list[Group]:
+        """The prompts answered; behind that what the data has of each, where the method takes it, not yet scored."""
+        if not self.algorithm.needs.given:
+            return self.engine.fill(groups, self.num_completions)
+        written = self.engine.fill([replace(group, completions=[]) for group in groups], self.num_completions)
+        return [
+            replace(new, completions=[*new.completions, *(replace(c, scores={}, reward=NAN) for c in old.completions)])
+            for new, old in zip(written, groups, strict=True)
+        ]
 
     def _tell_apart(self, groups: list[Group], taken: set[str]) -> list[Group]:
         """Give a row that the round has met before another id: its draws are keyed by that."""
@@ -169,12 +194,14 @@ def completion_metrics(groups: Sequence[Group], longest: int) -> dict[str, Metri
     """Lengths in tokens of what was written, the share cut off at `longest`, and how varied each prompt's answers are.
 
     `completions/distinct_trigrams` is the mean over prompts of different trigrams over all trigrams of its answers.
+    Answers that the data gave are left out.
     """
-    written = [completion for group in groups for completion in group.completions]
+    new = [[completion for completion in group.completions if completion.version >= 0] for group in groups]
+    written = [completion for group in new for completion in group]
     lengths = [len(completion.tokens) for completion in written]
     cut = [c.ended is False or (c.ended is None and len(c.tokens) >= longest) for c in written]
     ended = [length for length, was_cut in zip(lengths, cut, strict=True) if not was_cut]
-    varied = [distinct([completion.tokens for completion in group.completions], 3) for group in groups]
+    varied = [distinct([completion.tokens for completion in group], 3) for group in new if group]
     count = float(len(lengths))
     metrics = {
         "completions/mean_length": Metric(float(sum(lengths)), count),

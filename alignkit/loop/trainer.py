@@ -20,13 +20,14 @@ from alignkit.core.contracts import Algorithm, Stateful
 from alignkit.core.errors import Interrupted, RunFailed
 from alignkit.core.rng import key
 from alignkit.core.types import Batch, Forward
-from alignkit.data.collate import collate, select_units
+from alignkit.data.collate import collate
 from alignkit.dist.engine import DistEngine
 from alignkit.loop.checkpoint import Checkpoints
 from alignkit.loop.config import TrainConfig
 from alignkit.loop.evaluate import Evaluator
 from alignkit.loop.failure import dump_batch, nonfinite_message
-from alignkit.loop.reduction import combine, common_metrics, drop_single_term, emptied, global_counts
+from alignkit.loop.micros import at_present, micros
+from alignkit.loop.reduction import combine, common_metrics, drop_single_term, global_counts
 from alignkit.loop.rollouts import Rollouts
 from alignkit.loop.round import Progress, Round, blank_like
 from alignkit.loop.signals import StopRequest
@@ -79,7 +80,7 @@ class Trainer:
             for index in self.progress.rounds():
                 if self.round.index != index:
                     groups, news = self.rollouts.collect(self.progress.version)
-                    self.roster.refresh(index)
+                    self.roster.refresh(self.progress.version)
                     if not any(self.dist.world.gather(len(units := algorithm.build(groups)))):
                         continue
                     batch = collate(units, blank_like(units, self.dist.world))
@@ -99,12 +100,14 @@ class Trainer:
 
     def update(self, part: list[int]) -> None:
         """One optimizer step on these units of the round, whatever the micro-batches and ranks."""
-        started, step, batch = time.perf_counter(), self.progress.step + 1, self.round.batch
-        assert batch is not None
+        started, step, needs = time.perf_counter(), self.progress.step + 1, self.algorithm.needs
+        assert self.round.batch is not None
+        batch, index = at_present(self.round.batch, part, self.algorithm, self.roster, self.dist.world)
         self.dist.seed(key(self.seed, "step", step, self.dist.world.rank))  # adapter dropout draws from it
-        outputs = self.algorithm.needs.outputs | (LOGGED if self.track.wants(step) else frozenset())
-        counts = global_counts(batch, part, self.dist.world)
-        micros, totals, fresh = self.micros(batch, part), self.round.news(), self.round.is_fresh
+        outputs = needs.outputs | (LOGGED if self.track.wants(step) else frozenset())
+        counts = global_counts(batch, index, self.dist.world)
+        parts = micros(batch, index, self.policy, self.config, self.dist.world)
+        totals, fresh = self.round.news(), self.round.is_fresh
 
         def objective(out: Forward, some: Batch) -> Tensor:
             if step == 1 and self.config.step0_checks and self.starts_at_reference:
@@ -114,9 +117,9 @@ class Trainer:
             add(totals, {**logged, **metrics, **common_metrics(out, some, fresh=fresh)})
             return loss
 
-        for i, micro in enumerate(micros):
-            with self.dist.accumulate(last=i == len(micros) - 1):
-                self.dist.backward(self.policy.loss(micro, outputs, objective))
+        for i, micro in enumerate(parts):
+            with self.dist.accumulate(last=i == len(parts) - 1):
+                self.dist.backward(self.policy.loss(self.roster.fill(micro, needs.late), outputs, objective))
         totals = reduce(totals, self.dist.world)
         found = values(totals)
         grad_norm = float(self.dist.grad_norm(self.policy.parameters(), self.config.max_grad_norm))
@@ -138,13 +141,6 @@ class Trainer:
         facts = {"epoch": self.rollouts.stream.epoch, "learning_rate": learning_rate, "grad_norm": grad_norm}
         facts["num_tokens"] = self.progress.tokens
         self.track.step(step, totals, facts, {"step_time": seconds, "perf/tokens_per_second": tokens / seconds})
-
-    def micros(self, batch: Batch, part: list[int]) -> list[Batch]:
-        """Micro-batches of this rank, equally many on every rank, padded with empty ones."""
-        index = self.policy.cut(batch, part, self.config.micro_batch_tokens, self.config.micro_batch_size)
-        real = [select_units(batch, micro) for micro in index]
-        most = max(self.dist.world.gather(len(real)))
-        return real + [emptied(batch)] * (most - len(real))
 
     def due(self) -> None:
         """What comes after a step: evaluation, checkpoint, and leaving when asked to."""
@@ -178,6 +174,7 @@ class Trainer:
             "lr_scheduler": self.scheduler,
             "stream": self.rollouts.stream,
             "algorithm": self.algorithm,
+            "roster": self.roster,
             "track": self.track,
             "evaluator": self.evaluator,
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path as Folder
@@ -419,6 +419,32 @@ class CausalPolicy:
                 self.bare.set_adapter(POLICY_ADAPTER)  # the active adapter trains, and no other
         finally:
             self._scorer.own_head = False
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of what trains of the model, by name; the critic is left out."""
+        return {name: p.detach().clone() for name, p in self._trained().items()}
+
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Become what `weights` returned."""
+        with torch.no_grad():
+            for name, p in self._trained().items():
+                p.copy_(weights[name])
+
+    @contextmanager
+    def holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """These weights in place of its own, without gradient and in eval mode. Nothing is copied."""
+        own = {name: p.data for name, p in self._trained().items()}
+        with self.evaluating():
+            try:
+                for name, p in self._trained().items():
+                    p.data = weights[name]
+                yield
+            finally:
+                for name, p in self._trained().items():
+                    p.data = own[name]
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.bare.named_parameters() if p.requires_grad}
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

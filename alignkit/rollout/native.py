@@ -109,7 +109,7 @@ class NativeEngine:
         self.version = 0
         self._fused, self._tried = fused, False
         self._guides = [build_guide(config) for config in sampling.guides]
-        self._context = _context_length(model)
+        self._context = context_length(model)
         self._tail = SILENT + max((len(stop.encode()) for stop in sampling.stop_strings), default=0)
         for guide in self._guides:
             with guide.over(model):
@@ -288,7 +288,7 @@ def _holds(text: str, stops: Sequence[str]) -> bool:
     return any(stop in text for stop in stops)
 
 
-def _context_length(model: Any) -> int | None:
+def context_length(model: Any) -> int | None:
     """Positions the model knows; None for one without such a limit (its config then has no such field)."""
     config = model.config.get_text_config()
     return config.max_position_embeddings if hasattr(config, "max_position_embeddings") else None

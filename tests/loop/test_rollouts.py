@@ -21,6 +21,9 @@ class Method:
     def __init__(self, **needs):
         self.needs = Needs(rewards=True, **needs)
 
+    def admits(self, group):
+        return True
+
     def keeps(self, group):
         return not self.needs.refills or int(group.fields["number"]) % 2 == 0
 
@@ -152,8 +155,19 @@ def test_nothing_left_is_said():
 
 def test_lengths_and_variety_by_hand():
     groups = [
-        Group("a", [], [1], [Completion("", [1, 2, 3, 4], ended=True), Completion("", [1, 2, 3, 4], ended=False)]),
-        Group("b", [], [1], [Completion("", [5, 6], ended=True), Completion("", [1, 2, 3, 9], ended=None)]),
+        Group(
+            "a",
+            [],
+            [1],
+            [Completion("", [1, 2, 3, 4], ended=True, version=0), Completion("", [1, 2, 3, 4], ended=False, version=0)],
+        ),
+        Group(
+            "b",
+            [],
+            [1],
+            [Completion("", [5, 6], ended=True, version=0), Completion("", [1, 2, 3, 9], ended=None, version=0)],
+        ),
+        Group("c", [], [1], [Completion("", [7] * 9, ended=True)]),  # of the data
     ]
     assert values(completion_metrics(groups, longest=4)) == {
         "completions/mean_length": 3.5,

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import alignkit.assemble
+import alignkit.assemble_models
 import alignkit.models.policy
 from alignkit.core.errors import RunFailed
 from alignkit.core.types import Batch, Forward, Row
@@ -128,7 +129,7 @@ def test_dropout_left_on(recipe, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_reference_from_other_weights(recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The cache takes another model for this one: its numbers are stale."""
-    monkeypatch.setattr(alignkit.assemble, "fingerprint", lambda model: "the same")
+    monkeypatch.setattr(alignkit.assemble_models, "fingerprint", lambda model: "the same")
     other = recipe(name_or_path=str(build_tiny_model(tmp_path / "other", seed=1)))
     train(other.model_copy(update={"output_dir": str(tmp_path / "first")}), quiet=True, report=False)
     said = stopped(recipe())
