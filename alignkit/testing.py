@@ -27,8 +27,10 @@ from torch import Tensor
 from alignkit import assemble as assembling
 from alignkit import plan
 from alignkit.assemble import assemble
-from alignkit.core.contracts import Algorithm, Heads
+from alignkit.core.config import Config
+from alignkit.core.contracts import Algorithm, Heads, Models
 from alignkit.core.registry import register
+from alignkit.core.types import Completion, Group, RewardBatch, RewardOutput
 from alignkit.dist.engine import DistEngine
 from alignkit.loop.trainer import Trainer
 from alignkit.models import attention
@@ -105,6 +107,7 @@ class Bench:
         self.folder = folder
         self.model = build_tiny_model(folder / "model")
         self.data = folder / "rows.jsonl"
+        self.needs = self._configured().needs
         self.rows = list(rows) if rows is not None else toy_rows(self._configured(), NUM_ROWS)
         self.data.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
 
@@ -126,14 +129,18 @@ class Bench:
         }
         online: dict[str, Any] = {}
         config = {"name": self.name, **self.config}
-        if self.algorithm.needs.rewards:
-            training["batch_size"] = len(self.rows) * TOY_GENERATIONS
+        method = self._configured()
+        if method.needs.rewards:
+            blank = Group("", [], [], [Completion("", [])] * TOY_GENERATIONS)
+            each = method.count_units(blank)
+            training["batch_size"] = len(self.rows) * each
             size = settings.get("batch_size", training["batch_size"])
-            config["prompts_per_round"] = -(-size // TOY_GENERATIONS)
-            combine = self.algorithm.needs.combine
+            config["prompts_per_round"] = -(-size // each)
+            combine = method.needs.combine
+            toy = "SteadyLoudness" if method.needs.sources else "loudness"
             online = {
                 **({"combine": dict(combine)} if combine else {}),
-                "rewards": [{"name": f"{__name__}:loudness"}],
+                **({"rewards": [{"name": f"{__name__}:{toy}"}]} if method.needs.scored else {}),
                 "rollout": {"num_generations": TOY_GENERATIONS, "max_completion_length": TOY_LENGTH},
             }
         return load_recipe(
@@ -162,7 +169,7 @@ def check_overfits(bench: Bench, floor: float = 0.0) -> None:
     """Sixty steps on a handful of rows take off a third at least of what the loss lies above `floor`, its infimum;
     online, of what the reward lies below 1, the most there is."""
     result = train(bench.recipe("overfit", max_steps=60, num_epochs=60, learning_rate=3e-3), quiet=True, report=False)
-    if bench.algorithm.needs.rewards:
+    if bench.needs.rewards and bench.needs.scored:
         rewards = [record["reward"] for record in read_metrics(result.folder)]
         first, last = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5
         assert 1 - last < (1 - first) * 2 / 3, (
@@ -221,7 +228,7 @@ def check_resume(bench: Bench) -> None:
     Two passes over every round, so that some kills fall inside one.
     """
     settings: dict[str, Any] = {"batch_size": 3, "num_epochs": 1, "epochs_per_round": 2, "save_steps": 2}
-    if bench.algorithm.needs.rewards:  # a round takes four steps
+    if bench.needs.rewards:  # a round takes four steps
         settings["max_steps"] = 6
     whole = train(bench.recipe("whole", **settings), quiet=True, report=False)
     expected = digest(whole.folder), comparable_metrics(whole.folder)
@@ -417,6 +424,23 @@ def loudness(completions: Sequence[str]) -> list[float]:
     return [sum(letter.isupper() for letter in text) / max(1, len(text)) for text in completions]
 
 
+class SteadyLoudness:
+    """`loudness` of a judge that says what it said a round before, for methods that compare the two."""
+
+    config_type = Config
+    requires: tuple[str, ...] = ()
+
+    def __init__(self, config: Config) -> None:
+        del config
+
+    def score(self, rows: RewardBatch, models: Models | None) -> RewardOutput:
+        """One score a completion, always valid."""
+        del models
+        score = torch.tensor(loudness(rows.completions))
+        before = {"previous": score}
+        return RewardOutput(score=score, valid=torch.ones(len(score), dtype=torch.bool), components=before)
+
+
 def toy_config(algorithm: type[Algorithm[Any]]) -> dict[str, Any]:
     """The keys without which an algorithm could not read its toy rows: their objectives, where it lists them."""
     return {"objectives": list(TOY_OBJECTIVES)} if "objectives" in algorithm.config_type.model_fields else {}
@@ -441,6 +465,7 @@ def toy_rows(algorithm: type[Algorithm[Any]] | Algorithm[Any], count: int) -> li
         row: dict[str, Any] = {"id": f"row-{i}", "prompt": prompt}
         if needs.rewards:
             row |= {"demonstration": answers[0], "category": TOY_OBJECTIVES[i % len(TOY_OBJECTIVES)]}
+            row |= {"chosen": answers[0], "rejected": answers[0].lower()} if needs.given else {}
         elif needs.completions == 2:
             row |= {"chosen": answers[0], "rejected": answers[1]}
         elif needs.completions > 2:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import isnan
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
+from alignkit.core.config import Config
 from alignkit.core.contracts import Metrics
-from alignkit.core.types import Batch, Group, Metric, Unit
+from alignkit.core.types import Batch, Completion, Group, Metric, Row, Unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +21,55 @@ def best_worst(group: Group) -> Unit:
     best = max(group.completions, key=lambda c: c.reward)
     worst = min(reversed(group.completions), key=lambda c: c.reward)
     return (group.row(best), group.row(worst))
+
+
+ROUND_MODELS = {"reference": "round", "previous": "round", "base": "never"}
+"""Models of a run that learns from its own judgement, and when they move: the reference is where a round began,
+`previous` where the one before it did, `base` where the run did."""
+
+
+class OwnPairsConfig(Config):
+    """Which answers of a policy to one prompt are a pair."""
+
+    missing_eos_penalty: float = Field(
+        0.0, ge=0, description="taken off the score of an answer that the limit of length cut off"
+    )
+    min_gap: float = Field(
+        0.0, ge=0, description="a pair whose scores are no further apart is left out; 0 = only one of equal scores"
+    )
+    max_length_ratio: float | None = Field(
+        None,
+        gt=0,
+        description="a pair whose chosen answer has more than so many times the rejected one's tokens is "
+        "left out; null = none is",
+    )
+
+
+def own_pair(group: Group, config: OwnPairsConfig) -> Unit | None:
+    """A policy's best and worst answer to a prompt by their rewards; of equal ones the earlier.
+
+    None where fewer than two were scored, or where there is nothing to choose between.
+    """
+    told = [
+        (answer.reward - config.missing_eos_penalty * (answer.ended is False), answer)
+        for answer in group.completions
+        if not isnan(answer.reward)
+    ]
+    if len(told) < 2:
+        return None
+    best, worst = max(told, key=lambda pair: pair[0]), min(told, key=lambda pair: pair[0])
+    if best[0] - worst[0] <= config.min_gap:
+        return None
+    chosen, rejected = best[1], worst[1]
+    longest = config.max_length_ratio
+    if longest is not None and len(chosen.tokens) > longest * max(1, len(rejected.tokens)):
+        return None
+    return (answer_row(group, chosen), answer_row(group, rejected))
+
+
+def answer_row(group: Group, answer: Completion) -> Row:
+    """Prompt and answer, without what the writer said of its tokens: a likelihood does not ask who wrote them."""
+    return group.row(replace(answer, logps=None))
 
 
 def chosen_tokens(batch: Batch) -> Tensor:
