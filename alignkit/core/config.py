@@ -34,7 +34,7 @@ class OnlineConfig(AlgorithmConfig):
         None,
         ge=1,
         description="prompts answered at once, over all ranks; null = as many as give one optimizer step: "
-        "train.batch_size / rollout.num_generations",
+        "train.batch_size / rollout.num_generations, or train.batch_size where a prompt gives one unit",
     )
 
 
@@ -59,10 +59,10 @@ class CombineConfig(Config):
     level: Literal["reward", "advantage"] = Field(
         "reward", description="reward: one number a completion; advantage: the method gets each reward apart"
     )
-    mode: Literal["sum", "product", "min", "pama"] = Field(
+    mode: Literal["sum", "product", "min", "direction", "pama"] = Field(
         "sum",
-        description="of the weighted rewards; min = the worst case; pama = how far the advantages of all rewards "
-        "agree, with level: advantage",
+        description="of the weighted rewards; min = the worst case; direction = along the vector in a row's column "
+        "`direction`; pama = how far the advantages of all rewards agree, with level: advantage",
     )
     route: str | None = Field(None, description="data column that says which rewards score a row, by their `when`")
     solver: Literal["projection", "diagonal", "min_norm"] = Field(
@@ -75,7 +75,7 @@ class CombineConfig(Config):
 
     @model_validator(mode="after")
     def _is_possible(self) -> CombineConfig:
-        if self.level == "advantage" and self.mode in ("product", "min"):
+        if self.level == "advantage" and self.mode in ("product", "min", "direction"):
             raise ValueError(f"with level: advantage rewards stay apart, so mode: {self.mode} has nothing to combine")
         if self.level == "reward" and self.mode == "pama":
             raise ValueError("mode: pama merges advantages, not rewards; set level: advantage")

@@ -11,7 +11,7 @@ from tests.acceptance.online import OnlineTask
 
 ROUNDS, NUM_PROMPTS, ALL_ANSWERS = 8, 64, 128
 """Rounds, prompts of one, and answers a step where all of them are in the mean."""
-SIGNED = {"rounds": 30, "selection": "threshold", "beta": 0.02}
+SIGNED = {"rounds": 50, "selection": "threshold", "beta": 0.02}
 """Right and wrong say less of an answer than a share does. A digit all of whose answers turn wrong teaches nothing any
 more; only its divergence from the start brings it back, and at the default β of 0.001 some digits stay there."""
 PASSING, BOTH = 0.75, 0.1
