@@ -55,6 +55,7 @@ class OnlineTask:
         rewards: Sequence[dict[str, Any]] | None = None,
         data: Sequence[dict[str, Any]] | None = None,
         start: Path | None = None,
+        models: dict[str, Any] | None = None,
         **train: Any,
     ) -> Path:
         """60 updates of 8 prompts with 8 answers each at 1e-3, each logged, unless told otherwise.
@@ -85,7 +86,8 @@ class OnlineTask:
             },
             "train": {**usual, **train},
         }
-        return self.bench.train(name, recipe if combine is None else {**recipe, "combine": combine})
+        blocks = {"combine": combine, "models": models}
+        return self.bench.train(name, recipe | {key: block for key, block in blocks.items() if block is not None})
 
     def reward(self, run: Path) -> float:
         """Mean reward of 100 samples a digit."""

@@ -79,3 +79,41 @@ def test_pairs_under_a_goal_are_scored_by_what_they_hold():
         assert pair["rejected"].count("1") == pair["score_rejected"]
     assert {pair["score_chosen"] for pair in pairs} == set(range(1, 9))
     assert {pair["prompt"] for pair in pairs} == {f"{letter}:" for letter in toys.GOAL_LETTERS}
+
+
+def test_the_base_writes_the_same_symbols_with_other_chances():
+    rows = toys.base_warm_up(0, 4000)
+    near = [[int(symbol) - int(row["prompt"]) for symbol in row["completion"]] for row in rows]
+    for half, chances in zip((slice(0, 4), slice(4, 8)), toys.BASE_CHANCES, strict=True):
+        steps = [step % 10 for row in near for step in row[half]]
+        assert [round(steps.count(step) / len(steps), 1) for step in range(3)] == [round(c, 1) for c in chances]
+        assert set(steps) == {0, 1, 2}
+
+
+def test_pairs_to_judge_are_scored_and_apart():
+    pairs = toys.judge_pairs(0, "test", 100, "04", margin=2)
+    assert [pair["prompt"] for pair in pairs[:3]] == ["0", "4", "0"]
+    for pair in pairs:
+        counts = [answer.count(pair["prompt"]) for answer in pair["completions"]]
+        assert pair["scores"] == [count / 8 for count in counts]
+        assert abs(counts[0] - counts[1]) >= 2
+    apart = [abs(pair["scores"][0] - pair["scores"][1]) for pair in toys.judge_pairs(0, "test", 100)]
+    assert min(apart) == 1 / 8
+
+
+def test_a_verdict_names_the_better_answer_in_either_order():
+    pair = {"prompt": "3", "completions": ["33345444", "34455533"], "scores": [0.375, 0.375]}
+    better = {**pair, "scores": [0.5, 0.375]}
+    assert toys.judge_rows([better]) == [
+        {"prompt": "J3|33345444|34455533?", "completion": "1"},
+        {"prompt": "J3|34455533|33345444?", "completion": "2"},
+    ]
+    worse = {**pair, "scores": [0.25, 0.375]}
+    assert [row["completion"] for row in toys.judge_rows([worse])] == ["2", "1"]
+
+
+def test_the_longest_answers_fit_a_judges_prompt():
+    tokenizer = toys.tiny_tokenizer(toys.JUDGE_SYMBOLS)
+    tokens = tokenizer(toys.judge_prompt("9", "9" * 12, "0" * 12) + "1</s>").input_ids
+    assert len(tokens) == 1 + 1 + 1 + 12 + 1 + 12 + 1 + 2 <= 64
+    assert 0 not in tokens

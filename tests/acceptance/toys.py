@@ -29,6 +29,15 @@ RANKING_ERROR = 2.25
 """Task T2 with wrong ranks: standard error, in symbols, of what a ranker sees; near 30 % of the pairs are turned."""
 GOAL_LETTERS = ascii_lowercase[:10]
 """Task R: prompts."""
+JUDGE_SYMBOLS = [*digits, "J", "|", "?"]
+JUDGE_TEMPLATE = "J{prompt}|{first}|{second}?"
+"""Task T5: what the model is asked of two answers; it says `1` or `2`."""
+BASE_CHANCES = ((0.30, 0.32, 0.38), (0.30, 0.54, 0.16))
+"""Task T5: how likely the three symbols are before the warm-up of T2, in the first half of an answer and in the second.
+
+From there the warm-up makes the digit likelier, and one other symbol nearly as much, in each half another. So what the
+model has come to prefer is wrong of every third pair, although it gains on no symbol more than on the digit.
+"""
 
 Rows = list[dict[str, str]]
 T = TypeVar("T")
@@ -150,7 +159,7 @@ def count_warm_up(seed: int, count: int) -> Rows:
     """Task T2: a digit, answered by eight symbols drawn from it and the two digits after it, 0 following 9."""
     rng, rows = generator(seed, "count", "warm-up"), []
     for i in range(count):
-        near = [digits[(i + step) % len(digits)] for step in range(len(COUNT_CHANCES))]
+        near = _near(digits[i % len(digits)])
         answer = "".join(rng.choices(near, COUNT_CHANCES, k=COUNT_LENGTH))
         rows.append({"prompt": near[0], "completion": answer})
     return rows
@@ -195,6 +204,47 @@ def goal_pairs(seed: int, purpose: str, count: int) -> list[dict[str, Any]]:
             answered = {"chosen": first["completion"], "rejected": second["completion"]}
             pairs.append({"prompt": first["prompt"], **answered, **scores})
     return pairs
+
+
+def base_warm_up(seed: int, count: int) -> Rows:
+    """Task T5 before the warm-up of T2: the same symbols, with chances that say otherwise."""
+    rng, rows = generator(seed, "judge", "base"), []
+    for i in range(count):
+        near = _near(digits[i % len(digits)])
+        halves = ["".join(rng.choices(near, chances, k=COUNT_LENGTH // 2)) for chances in BASE_CHANCES]
+        rows.append({"prompt": near[0], "completion": "".join(halves)})
+    return rows
+
+
+def judge_pairs(seed: int, purpose: str, count: int, prompts: str = digits, *, margin: int = 1) -> list[dict[str, Any]]:
+    """Two answers as the warm-up of T2 has them, scored by the task: `margin` symbols or more between them."""
+    rng, pairs = generator(seed, "judge", purpose), []
+    while len(pairs) < count:
+        prompt = prompts[len(pairs) % len(prompts)]
+        answers = ["".join(rng.choices(_near(prompt), COUNT_CHANCES, k=COUNT_LENGTH)) for _ in range(2)]
+        if abs(answers[0].count(prompt) - answers[1].count(prompt)) >= margin:
+            scores = [count_reward(prompt, answer) for answer in answers]
+            pairs.append({"prompt": prompt, "completions": answers, "scores": scores})
+    return pairs
+
+
+def judge_prompt(prompt: str, first: str, second: str) -> str:
+    """What the model is asked of two answers."""
+    return JUDGE_TEMPLATE.format(prompt=prompt, first=first, second=second)
+
+
+def judge_rows(pairs: Iterable[Mapping[str, Any]]) -> Rows:
+    """Every pair in both orders, with the verdict that is right."""
+    rows = []
+    for pair in pairs:
+        (first, second), better = pair["completions"], int(pair["scores"][1] > pair["scores"][0])
+        rows.append({"prompt": judge_prompt(pair["prompt"], first, second), "completion": "12"[better]})
+        rows.append({"prompt": judge_prompt(pair["prompt"], second, first), "completion": "21"[better]})
+    return rows
+
+
+def _near(digit: str) -> list[str]:
+    return [digits[(int(digit) + step) % len(digits)] for step in range(len(COUNT_CHANCES))]
 
 
 def _share(holds: Callable[[str, str], bool], prompts: list[str], answers: list[str]) -> float:
