@@ -22,10 +22,6 @@ from alignkit.rollout.chat import ChatModel
 from alignkit.rollout.models import RunModels
 from alignkit.rollout.native import context_length
 
-START = "step 0"
-"""The identity of the weights a run starts from."""
-
-
 def build_models(
     recipe: Recipe,
     policy: CausalPolicy,
@@ -70,8 +66,9 @@ def build_models(
             caches[name] = _cache(recipe.model, config, policy)
     sampled = Sampled(recipe.rollout.trusts_sampler(recipe.model.dtype), recipe.rollout.importance_cap)
     paths = {name: configs[name].source for name in models}
-    same = {"policy", recipe.model.name_or_path}
-    identities = {"policy": START, **{name: START if path in same else path for name, path in paths.items()}}
+    start = recipe.model.name_or_path
+    same = {"policy", start}
+    identities = {"policy": start, **{name: start if path in same else path for name, path in paths.items()}}
     run_models = RunModels(
         Roster(policy, models, caches, sampled, identities),
         served,

@@ -409,7 +409,7 @@ class VllmEngine:
 
     def _refusal(self, path: str, error: urllib.error.HTTPError) -> Exception:
         """What an HTTP error means: come again, or give up."""
-        said = f"{error.code} {_words(error)}"
+        said = f"{error.code} {server_words(error)}"
         if error.code in (408, 429) or (error.code >= 500 and not self._is_well()):
             return _Lost(f"{path} failed with {said}")
         hint = ""
@@ -442,7 +442,7 @@ def api_key(config: RolloutConfig) -> str | None:
     return os.environ[config.token_env]
 
 
-def _words(error: urllib.error.HTTPError) -> str:
+def server_words(error: urllib.error.HTTPError) -> str:
     """What the server says of an error, without the wrapping."""
     try:
         text = error.read().decode("utf-8", errors="replace")
