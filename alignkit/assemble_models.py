@@ -22,6 +22,7 @@ from alignkit.rollout.chat import ChatModel
 from alignkit.rollout.models import RunModels
 from alignkit.rollout.native import context_length
 
+
 def build_models(
     recipe: Recipe,
     policy: CausalPolicy,

@@ -120,7 +120,7 @@ class Roster:
     A cached model is one that never moves: each of its rows is scored once, kept on disk, and found again.
 
     Args:
-        identities: what tells each model's weights from others' until it moves; `policy` is of those the run starts from.
+        identities: what tells each model's weights from others' until it moves, `policy` the start.
     """
 
     def __init__(
