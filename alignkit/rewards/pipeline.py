@@ -19,7 +19,7 @@ from alignkit.core.lazy import torch
 from alignkit.core.registry import Entry, register
 from alignkit.core.types import Completion, Group, Metric, RewardBatch, Score
 from alignkit.rewards.calls import Answer, ask, finite_or_fail, scatter, select_rows
-from alignkit.rewards.combine import MODES, routed
+from alignkit.rewards.combine import MODES, check_direction, directed, routed
 from alignkit.rewards.config import RewardConfig
 from alignkit.rewards.functions import FunctionReward
 from alignkit.rewards.table import RewardTable
@@ -134,6 +134,8 @@ def score_groups(
     for (config, _), answer in zip(sources, answers, strict=True):
         _keep(config, answer, table, completions)
     weights = torch.tensor([config.weight for config, _ in sources], dtype=torch.float64)
+    if combine.mode == "direction":
+        weights = directed(weights, rows.columns.get("direction", []), rows.ids)
     combined, known = MODES["sum" if combine.level == "advantage" else combine.mode](*table.stack(names), weights)
     combined = finite_or_fail("combine", combine.mode, combined, known, rows.completions)
     dropped = _dropped(sources, answers, rows)
@@ -147,7 +149,8 @@ def check_columns(groups: Sequence[Group], sources: Sources, combine: CombineCon
     """Refuse groups that lack a column some source or transform requires; worth calling before the first step.
 
     Raises:
-        DataError: naming the reward, the group, and the columns it has; or a row that no reward scores.
+        DataError: naming the reward, the group, and the columns it has; a row that no reward scores; or a direction
+            that is none.
         RecipeError: `when` without `combine.route`, or a route that no reward follows.
     """
     route = None if combine is None else combine.route
@@ -157,6 +160,9 @@ def check_columns(groups: Sequence[Group], sources: Sources, combine: CombineCon
         raise RecipeError(f"rewards: `when: {branch}` needs `combine.route`, the data column that is meant")
     if route is not None and branches == {None}:
         raise RecipeError(f"combine.route: no reward has a `when`, so the column {route!r} would decide nothing")
+    if combine is not None and combine.mode == "direction":
+        for group in groups:
+            check_direction(group.fields.get("direction"), sum(config.weight != 0 for config, _ in sources), group.id)
     for config, source in sources:
         transforms = [build_transform(transform) for transform in config.transforms]
         required = [*source.requires, *(column for transform in transforms for column in transform.requires)]

@@ -208,17 +208,31 @@ class WhitenConfig(TransformConfig):
     """Keys of `whiten`."""
 
     shift_mean: bool = Field(True, description="also subtract the mean")
+    mean: float | None = Field(None, description="of reference answers, held fixed; null = of the round")
+    std: float | None = Field(None, gt=0, description="of reference answers, with `mean`; null = of the round")
+
+    @model_validator(mode="after")
+    def _has_both_moments(self) -> WhitenConfig:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("whiten needs `mean` and `std`, or neither")
+        return self
 
 
 @register.transform("whiten")
 class Whiten(Transform[WhitenConfig]):
-    """Mean 0 and standard deviation 1 over the round, all processes together. Mixes hard prompts with bad answers."""
+    """Mean 0 and standard deviation 1 over the round, all processes together, or of answers whose moments are given.
+
+    The former mixes hard prompts with bad answers.
+    """
 
     config_type = WhitenConfig
 
     def apply(self, scores: Tensor, valid: Tensor, table: RewardTable, world: World | None) -> Tensor:
-        """See `whiten`."""
+        """See `whiten`; (r − mean) / std, every score by itself, where these are given."""
         del table
+        mean, std = self.config.mean, self.config.std
+        if mean is not None and std is not None:
+            return (scores - mean) / std + (0.0 if self.config.shift_mean else mean)
         return whiten(scores, valid, world, shift_mean=self.config.shift_mean)
 
 

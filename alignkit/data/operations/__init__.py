@@ -14,14 +14,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import Field
 
 from alignkit.core.config import Config
-from alignkit.core.errors import RecipeError
+from alignkit.core.errors import DataError, RecipeError
 from alignkit.core.registry import Entry, register
-from alignkit.data.shapes import Example
+from alignkit.core.types import Message
+from alignkit.data.shapes import BadRow, Example, Text
 
 
 class OperationConfig(Config):
@@ -71,3 +72,25 @@ def build_operation(config: OperationConfig) -> Operation[Any]:
     """The operation that an entry describes."""
     built: Operation[Any] = find_operation(config.name).target(config)
     return built
+
+
+def conditioned(
+    prompt: Text, text: str, placement: Literal["system", "user_prefix"], separator: str, operation: str
+) -> Text:
+    """The prompt with a text at its beginning. Raises DataError or BadRow where it has no such place."""
+    if isinstance(prompt, str):
+        if placement == "system":
+            raise DataError(
+                f"{operation}: plain-text prompts have no system turn; set `placement: user_prefix`, or give "
+                "prompts as messages"
+            )
+        return text + separator + prompt
+    role = "system" if placement == "system" else "user"
+    place = next((i for i, turn in enumerate(prompt) if turn["role"] == role), None)
+    if place is None and placement == "system":
+        return [Message(role="system", content=text), *prompt]
+    if place is None:
+        raise BadRow("malformed", f"the prompt has no user turn to put the text of {operation} before")
+    turn = prompt[place].copy()
+    turn["content"] = text + separator + (turn.get("content") or "")
+    return [*prompt[:place], turn, *prompt[place + 1 :]]

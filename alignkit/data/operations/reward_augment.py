@@ -21,10 +21,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from alignkit.core.errors import DataError
 from alignkit.core.registry import register
-from alignkit.core.types import Message
-from alignkit.data.operations import Item, Operation, OperationConfig
+from alignkit.data.operations import Item, Operation, OperationConfig, conditioned
 from alignkit.data.shapes import BadRow, Example, Text
 
 TEXT = (
@@ -102,23 +100,8 @@ class RewardAugment(Operation[RewardAugmentConfig]):
 
     def conditioned(self, prompt: Text, goal: float) -> Text:
         """The prompt with the goal at its beginning. Raises DataError where it has no such place."""
-        text, placement = self.goal_text(goal), self.config.placement
-        if isinstance(prompt, str):
-            if placement == "system":
-                raise DataError(
-                    "reward_augment: plain-text prompts have no system turn; set `placement: user_prefix`, or give "
-                    "prompts as messages"
-                )
-            return text + self.config.separator + prompt
-        role = "system" if placement == "system" else "user"
-        place = next((i for i, turn in enumerate(prompt) if turn["role"] == role), None)
-        if place is None and placement == "system":
-            return [Message(role="system", content=text), *prompt]
-        if place is None:
-            raise BadRow("malformed", "the prompt has no user turn to put a goal before")
-        turn = prompt[place].copy()
-        turn["content"] = text + self.config.separator + (turn.get("content") or "")
-        return [*prompt[:place], turn, *prompt[place + 1 :]]
+        config = self.config
+        return conditioned(prompt, self.goal_text(goal), config.placement, config.separator, config.name)
 
     def _ranking(self, item: Item) -> list[tuple[float, int]]:
         """(score, index) of every answer, best first. Raises BadRow where scores are missing or contradict the pair."""

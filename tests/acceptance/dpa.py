@@ -1,0 +1,135 @@
+"""Task D, two rewards: the share of vowels in an answer, and its length. A direction before the prompt weighs them."""
+
+from functools import cached_property
+from math import cos, radians, sin
+from pathlib import Path
+from statistics import correlation, fmean, pstdev
+from string import ascii_lowercase, digits
+from typing import Any
+
+from alignkit.core.rng import generator
+from tests.acceptance import toys
+from tests.acceptance.bench import Bench, Figure, method
+
+NUM_WARM_UP, NUM_PROMPTS, ROUNDS = 12_800, 200, 3
+"""Rows of the warm-up, prompts of a round (each round has its own), rounds."""
+LONGEST, VOWELS, VOWEL_CHANCE = 16, "aeiou", 0.3
+ANGLES, NUM_ASKED = (-45, -30, -15, 0, 15, 30, 45), 200
+OPERATION = {
+    "name": "direction",
+    "objectives": ["V", "L"],
+    "placement": "user_prefix",
+    "text": "{weights}",
+    "separator": ";",
+}
+Point = tuple[float, float]
+
+
+def vowels(completions: list[str], **_: Any) -> list[float]:
+    """r₁: vowels of all letters; 0 of none."""
+    return [sum(map(answer.count, VOWELS)) / max(1, len(answer)) for answer in completions]
+
+
+def lengths(completions: list[str], **_: Any) -> list[float]:
+    """r₂: letters of the most there may be."""
+    return [len(answer) / LONGEST for answer in completions]
+
+
+def hypervolume(points: list[Point]) -> float:
+    """The area between the origin and what some point reaches in both rewards."""
+    area = highest = 0.0
+    for first, second in sorted(points, reverse=True):
+        area += first * max(0.0, second - highest)
+        highest = max(highest, second)
+    return area
+
+
+def spearman(values: list[float]) -> float:
+    """The rank correlation of values with their places; equal ones share the mean of their ranks."""
+    ranks = [sum((other < value) + (other == value) / 2 for other in values) for value in values]
+    return correlation(range(len(values)), ranks)
+
+
+class DirectionTask:
+    """Answer four letters with up to 16, as the weights of the prompt ask for."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.seed = bench, bench.seed
+
+    @cached_property
+    def start(self) -> Path:
+        """SFT from random weights, half of the prompts under a direction that says nothing of the answer."""
+        symbols = [*ascii_lowercase, *digits, *"VL*+-:; "]
+        model = toys.write_model(self.bench.folder / "direction-random", self.seed, symbols)
+        rng, rows = generator(self.seed, "direction", "warm-up"), []
+        others = [letter for letter in ascii_lowercase if letter not in VOWELS]
+        for i, prompt in enumerate(self._prompts("warm-up", NUM_WARM_UP)):
+            length = rng.randint(1, LONGEST)
+            letters = [rng.choice(VOWELS if rng.random() < VOWEL_CHANCE else others) for _ in range(length)]
+            asked = f"{self._text(rng.uniform(ANGLES[0], ANGLES[-1]))};{prompt}" if i % 2 else prompt
+            rows.append({"prompt": asked, "completion": "".join(letters)})
+        data = toys.write_rows(self.bench.folder / "direction-warm-up.jsonl", rows)
+        settings = {"max_steps": 600, "batch_size": 64, "learning_rate": 3e-3}
+        return self.bench.train("direction-warm-up", self._recipe(model, data, {"name": "sft"}, settings))
+
+    def learn(self, rounds: int) -> Path:
+        """The first rounds of three, rewards standardised by the moments of the start's answers."""
+        rows = [{"prompt": prompt} for prompt in self._prompts("rounds", NUM_PROMPTS * ROUNDS)]
+        data = toys.write_rows(self.bench.folder / "direction.jsonl", rows)
+        answers = [answer for angle in ANGLES for answer in self._answers(self.start, angle)]
+        rewards = []
+        for reward in (vowels, lengths):
+            scores = reward(answers)
+            moments = {"name": "whiten", "mean": fmean(scores), "std": pstdev(scores)}
+            rewards.append({"name": f"{__name__}:{reward.__name__}", "transforms": [moments]})
+        algorithm = {"name": "raft", "rounds": rounds, "prompts_per_round": NUM_PROMPTS}
+        settings = {"max_steps": None, "epochs_per_round": 8, "batch_size": 16, "learning_rate": 1e-3}
+        recipe = self._recipe(self.start, data, algorithm, settings)
+        recipe["data"][0]["operations"] = [OPERATION]
+        recipe |= {
+            "rewards": rewards,
+            "combine": {"mode": "direction"},
+            "rollout": {"num_generations": 8, "max_completion_length": LONGEST + 1},
+        }
+        return self.bench.train(f"direction-{rounds}", recipe)
+
+    def front(self, run: Path) -> list[Point]:
+        """Mean rewards of samples at every angle."""
+        drawn = [self._answers(run, angle) for angle in ANGLES]
+        return [(fmean(vowels(answers)), fmean(lengths(answers))) for answers in drawn]
+
+    def _answers(self, run: Path, angle: float) -> list[str]:
+        prompts = [f"{self._text(angle)};{prompt}" for prompt in self._prompts("asked", NUM_ASKED)]
+        return self.bench.answers(run, prompts, max_tokens=LONGEST + 1)
+
+    def _text(self, angle: float) -> str:
+        from alignkit.data.operations.direction import weights_text
+
+        return weights_text((cos(radians(angle)), sin(radians(angle))), OPERATION["objectives"])
+
+    def _prompts(self, purpose: str, count: int) -> list[str]:
+        rng = generator(self.seed, "direction", f"{purpose} prompts")
+        return ["".join(rng.choices(ascii_lowercase, k=4)) + ":" for _ in range(count)]
+
+    def _recipe(self, model: Path, data: Path, algorithm: dict[str, Any], train: dict[str, Any]) -> dict[str, Any]:
+        usual = {"lr_scheduler": "constant", "max_length": 64, "save_steps": 0, "logging_steps": 5}
+        return {
+            "model": {"name_or_path": str(model), "dtype": "float32"},
+            "data": [{"path": str(data)}],
+            "algorithm": algorithm,
+            "train": {**usual, **train},
+        }
+
+
+@method("dpa")
+def measure(bench: Bench) -> list[Figure]:
+    task = DirectionTask(bench)
+    start, first, last = (task.front(run) for run in (task.start, task.learn(1), task.learn(ROUNDS)))
+    return [
+        Figure("D: Spearman of angle and mean length", spearman([point[1] for point in last]), at_least=0.9),
+        Figure("D, angle −45: mean length, share of 16 − start", last[0][1] - start[0][1], at_most=0.0),
+        Figure("D, angle 45: mean length, share of 16 − start", last[-1][1] - start[-1][1], at_least=0.0),
+        Figure("D, angle 0: mean share of vowels − start", last[3][0] - start[3][0], at_least=0.0),
+        Figure("D: hypervolume, round 1 − start", hypervolume(first) - hypervolume(start), at_least=0.0),
+        Figure("D: hypervolume, round 3 − round 1", hypervolume(last) - hypervolume(first), at_least=0.0),
+    ]
