@@ -64,7 +64,7 @@ def stream_attention(
             raise UnsupportedAttention(f"its attention has {name}")
     if not getattr(module, "is_causal", True):
         raise UnsupportedAttention("its attention is not causal")
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     scaling = options.get("scaling")
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     window, softcap, dropout = options.get("sliding_window"), options.get("softcap"), options.get("dropout", 0.0)
@@ -78,8 +78,8 @@ def stream_attention(
     return out.transpose(1, 2), None
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast does before `scaled_dot_product_attention`: rotations and norms leave float32 beside bfloat16."""
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast does before products and attention: rotations and norms leave float32 beside bfloat16."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors

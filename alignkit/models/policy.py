@@ -30,6 +30,7 @@ from alignkit.models.heads import (
 )
 from alignkit.models.layout import Inputs, cut_batch, lay_out
 from alignkit.models.load import LANGUAGE, POLICY_ADAPTER, REFERENCE_ADAPTER
+from alignkit.models.mlp import light_feed_forwards
 from alignkit.models.offload import ActivationOffload
 from alignkit.models.paths import (
     Path,
@@ -208,19 +209,25 @@ class _Scorer(nn.Module):
     def _states(self, inputs: Inputs, model: Any) -> Tensor:
         """The hidden state before each scored token, [S, hidden]."""
         body = causal_model(model).base_model
-        with self._offloading():
+        with self._offloading(), _light(body, inputs):
             states: Tensor = body(**_arguments(inputs)).last_hidden_state
             return states.flatten(0, 1).index_select(0, inputs.scored)
 
     def _logits(self, inputs: Inputs) -> Tensor:
         """The model's own logits before each scored token, [S, V]."""
-        with self._offloading():
-            logits: Tensor = causal_model(self.model)(**_arguments(inputs)).logits
+        model = causal_model(self.model)
+        with self._offloading(), _light(model, inputs):
+            logits: Tensor = model(**_arguments(inputs)).logits
             return logits.flatten(0, 1).index_select(0, inputs.scored) / self._temperature
 
     def _offloading(self) -> Any:
         on = self._offload and torch.is_grad_enabled() and self._dist.device.type != "cpu"
         return ActivationOffload(self._dist.device) if on else nullcontext()
+
+
+def _light(model: Any, inputs: Inputs) -> Any:
+    """Streams go through feed-forwards that keep less; padded rows, which streams are compared with, do not."""
+    return nullcontext() if inputs.segments is None else light_feed_forwards(model)
 
 
 def _arguments(inputs: Inputs) -> dict[str, Any]:
