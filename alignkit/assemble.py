@@ -30,6 +30,7 @@ from alignkit.data.report import DataReport
 from alignkit.data.stream import Stream, groups_per_epoch, with_partners
 from alignkit.dist.engine import DistEngine
 from alignkit.loop.checkpoint import Checkpoints
+from alignkit.loop.drift import Drift, RoundWatch, labelled_pairs
 from alignkit.loop.evaluate import Evaluator
 from alignkit.loop.optim import build_optimizer, build_scheduler
 from alignkit.loop.rollouts import Rollouts, completion_metrics
@@ -68,12 +69,14 @@ TRIED_GROUPS = 4
 
 @dataclass
 class Assembled:
-    """A trainer and what its run folder tells of it. `groups` are all rows to train on, `held_out` to evaluate on."""
+    """A trainer and what its run folder tells of it. `groups` are all rows to train on, `held_out` to evaluate on,
+    `labels` to hold the judge of rounds to."""
 
     trainer: Trainer
     renderer: Renderer
     groups: list[Group]
     held_out: list[Group]
+    labels: list[Group]
     reports: list[DataReport]
     files: list[JsonlSink]
 
@@ -117,7 +120,8 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
     renderer = load_renderer(recipe.model)
     sources, reports = _load_all(recipe.data, renderer, recipe, algorithm, "data")
     held_out_sources, held_out_reports = _load_all(recipe.eval.data, renderer, recipe, algorithm, "eval.data")
-    reports += held_out_reports
+    labels, label_reports = _labels(recipe, renderer)
+    reports += [*held_out_reports, *label_reports]
     console.print("\n".join(line for report in reports for line in report.lines()), markup=False)
     groups, held_out = _flat(sources), _flat(held_out_sources)
     held_out = with_partners(held_out, recipe.train.max_length) if needs.partners else held_out
@@ -163,8 +167,17 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
     roster, models = build_models(recipe, policy, algorithm, renderer, sample, scorers.models, lambda: progress.version)
     optimizer = build_optimizer(policy.parameters(), recipe.train, policy.critic_parameters())
     policy.module = dist.prepare(policy.module, optimizer)
-    files = [JsonlSink(folder / name) for name in ("metrics.jsonl", "samples.jsonl")] if dist.is_main else []
+    names = ["metrics.jsonl", "samples.jsonl", *(["rounds.jsonl"] if _is_iterative(recipe) else [])]
+    files = [JsonlSink(folder / name) for name in names] if dist.is_main else []
     sinks = make_sinks(recipe.track, folder, console, quiet=console.quiet) if dist.is_main else []
+    scored = [*groups, *labels]
+    rollouts = _rollouts(recipe, algorithm, stream, policy, renderer, scored, files, console, scorers, models)
+    scheduler = build_scheduler(optimizer, recipe.train, progress.total_steps)
+    tracker = Tracker(files[0] if files else None, sinks, recipe.train.logging_steps, algorithm.derive)
+    watch = RoundWatch()
+    if _is_iterative(recipe):
+        file = files[2] if files else None
+        watch = Drift(recipe.drift, rollouts, policy, models, progress, scheduler, tracker, labels, file)
 
     trainer = Trainer(
         config=recipe.train,
@@ -173,13 +186,13 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
         algorithm=algorithm,
         policy=policy,
         optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, recipe.train, progress.total_steps),
+        scheduler=scheduler,
         dist=dist,
-        rollouts=_rollouts(recipe, algorithm, stream, policy, renderer, groups, files, console, scorers, models),
+        rollouts=rollouts,
         roster=roster,
         progress=progress,
         round=Round(recipe.seed, recipe.train.batch_size, recipe.train.epochs_per_round),
-        track=Tracker(files[0] if files else None, sinks, recipe.train.logging_steps, algorithm.derive),
+        track=tracker,
         checkpoints=Checkpoints(folder, recipe.train.save_total_limit, dist.world),
         evaluator=Evaluator(
             scorers.eval_config,
@@ -193,13 +206,14 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
             samples=files[1] if files else None,
             say=lambda text: console.print(text, markup=False),
         ),
+        watch=watch,
         write_model=partial(write_model, policy, renderer),
         starts_at_reference=_starts_at_reference(recipe, algorithm, policy),
         max_logp_difference=recipe.rollout.allowed_difference(recipe.model.dtype)
         if policy.temperature == recipe.rollout.temperature
         else None,
     )
-    return Assembled(trainer, renderer, groups, held_out, reports, files)
+    return Assembled(trainer, renderer, groups, held_out, labels, reports, files)
 
 
 def write_model(policy: CausalPolicy, renderer: Renderer, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -258,7 +272,8 @@ def _load_all(
     sources, reports = [], []
     for i, entry in enumerate(entries):
         room = recipe.rollout.max_completion_length if algorithm.needs.rewards else 0
-        groups, report = load_groups(entry, renderer, max_length=recipe.train.max_length, room=room)
+        length, given = recipe.train.max_length, algorithm.needs.given
+        groups, report = load_groups(entry, renderer, max_length=length, room=room, given=given)
         if report.format == "preference" and "label" in algorithm.needs.fields:
             groups = label_pairs(groups)
         _check_needs(groups, algorithm, recipe.algorithm.name, f"{block}.{i}", report)
@@ -268,6 +283,18 @@ def _load_all(
         reports.append(report)
     _tell_apart(_flat(sources))
     return sources, reports
+
+
+def _labels(recipe: Recipe, renderer: Renderer) -> tuple[list[Group], list[DataReport]]:
+    """The pairs that the judge of rounds is held to."""
+    found = [load_groups(entry, renderer, max_length=recipe.train.max_length) for entry in recipe.drift.labels]
+    groups = [group for groups, _ in found for group in groups]
+    _tell_apart(groups)
+    return labelled_pairs(groups, recipe.drift.num_labels), [report for _, report in found]
+
+
+def _is_iterative(recipe: Recipe) -> bool:
+    return isinstance(recipe.algorithm, IterativeConfig)
 
 
 def _tell_apart(groups: Sequence[Group]) -> None:
@@ -353,7 +380,7 @@ class _Scorers:
         check_columns(held_out, sources, combine)
 
         def score(groups: list[Group]) -> list[Group]:
-            score_groups(groups, sources, 0, models, stop_ids=renderer.stop_ids, combine=combine)
+            score_groups(groups, sources, models.version(), models, stop_ids=renderer.stop_ids, combine=combine)
             return groups
 
         return score
@@ -423,7 +450,7 @@ def _rollouts(
         encode,
         shown,
         say,
-        spool=spool if isinstance(recipe.algorithm, IterativeConfig) else None,
+        spool=spool if _is_iterative(recipe) else None,
     )
 
 

@@ -22,7 +22,7 @@ def note_missing_files(root: Node, mistakes: Mistakes) -> None:
 
 def _named(root: Node) -> Iterator[tuple[str, Scalar]]:
     """Dotted key and value of everything that may name a file."""
-    for block in ("data", "eval.data"):
+    for block in ("data", "eval.data", "drift.labels"):
         entries = _find(root, block)
         for i in range(len(entries.nodes) if isinstance(entries, Items) else 0):
             yield from _scalar(root, f"{block}.{i}.path")

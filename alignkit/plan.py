@@ -53,6 +53,7 @@ def check(recipe: Recipe) -> list[str]:
     mistakes.open(recipe.origin.root.place.document)
     entries = {f"data.{i}": entry for i, entry in enumerate(recipe.data)}
     entries |= {f"eval.data.{i}": entry for i, entry in enumerate(recipe.eval.data)}
+    entries |= {f"drift.labels.{i}": entry for i, entry in enumerate(recipe.drift.labels)}
     lines = [f"recipe      {recipe.algorithm.name} on {recipe.model.name_or_path}, into {recipe.output_dir}"]
     lines.append(f"departures  {', '.join(departures(recipe))}")
     _check_model(recipe, mistakes)
@@ -64,7 +65,7 @@ def check(recipe: Recipe) -> list[str]:
     mistakes.stop_if_any()
     if needs.rewards:
         lines += _rollout_lines(recipe, method)
-    lines += _eval_lines(recipe)
+    lines += [*_eval_lines(recipe), *_drift_lines(recipe)]
     return [*lines, *_batch_lines(recipe, method)]
 
 
@@ -241,6 +242,14 @@ def _rollout_lines(recipe: Recipe, method: Algorithm[Any]) -> Iterator[str]:
     yield f"round       {updates}it is written anew"
 
 
+def _drift_lines(recipe: Recipe) -> Iterator[str]:
+    """What is done when a round drifts."""
+    for rule in recipe.drift.rules:
+        bound, limit = rule.bound
+        factor = f" by {rule.factor:g}" if rule.action == "damp" else ""
+        yield f"drift       {rule.action}{factor} where {rule.metric} {bound.replace('_', ' ')} {limit:g}"
+
+
 def _eval_lines(recipe: Recipe) -> Iterator[str]:
     """When the run measures, what decides which weights are the best, and what ends it early."""
     config, folder = recipe.eval, Path(recipe.output_dir)
@@ -248,6 +257,7 @@ def _eval_lines(recipe: Recipe) -> Iterator[str]:
         yield "eval        no held-out data: nothing is evaluated"
         return
     often = f", after every {_count(config.every_steps, 'step')}" if config.every_steps else ""
+    often += ", after every round" if config.each_round else ""
     yield f"eval        before the first step{often} and after the last"
     if config.num_samples:
         yield f"samples     {_count(config.num_samples, 'held-out prompt')} an evaluation{_scored(recipe)}"

@@ -40,7 +40,7 @@ from alignkit.core.types import Completion, Group
 from alignkit.data.config import DataConfig
 from alignkit.data.operations import OperationConfig, find_operation
 from alignkit.files import note_missing_files
-from alignkit.loop.config import EvalConfig, TrainConfig
+from alignkit.loop.config import DriftConfig, EvalConfig, TrainConfig
 from alignkit.models.config import ModelConfig, RosterModelConfig
 from alignkit.rewards.config import RewardConfig
 from alignkit.rewards.transforms import TransformConfig, find_transform
@@ -80,6 +80,7 @@ class Recipe(Config):
     models: dict[str, RosterModelConfig] = Field({}, description="the run's other models by name: reference, …")
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+    drift: DriftConfig = DriftConfig()
     track: TrackConfig = TrackConfig()
     rewards: list[RewardConfig] = Field([], description="what scores the completions of every round")
     combine: CombineConfig = CombineConfig()
@@ -309,7 +310,7 @@ def _check_needs(root: Block, algorithm: Registered, mistakes: Mistakes) -> None
     """Notes what the algorithm needs and the recipe cannot give."""
     needs = algorithm.target.needs
     used = sorted(needs.roster | ({"critic"} if "values" in needs.outputs else set()))
-    asked = _texts_below(root.entries["rewards"].node) if "rewards" in root.entries else set()
+    asked = _asked_by_rewards(root.entries["rewards"].node) if "rewards" in root.entries else set()
     models = root.entries.get("models")
     if models is not None and isinstance(models.node, Block):
         for name, entry in models.node.entries.items():
@@ -336,8 +337,17 @@ def _check_needs(root: Block, algorithm: Registered, mistakes: Mistakes) -> None
             mistakes.add(given.node.place, f"data.{number}.format", text)
 
 
+def _asked_by_rewards(node: Node) -> set[str]:
+    """Names that rewards may give of models: every text among their `args`, or what stands there by default."""
+    asked = _texts_below(node)
+    for name in asked & set(register.reward.names()):
+        config = getattr(register.reward.get(name).target, "config_type", Config)
+        asked |= {field.default for field in config.model_fields.values() if isinstance(field.default, str)}
+    return asked
+
+
 def _texts_below(node: Node) -> set[str]:
-    """Every text in a part of a recipe: the names that a reward's `args` may give of models are among them."""
+    """Every text in a part of a recipe."""
     match node:
         case Scalar():
             return {str(node.value)}
@@ -382,6 +392,12 @@ def _check_rollouts(recipe: Recipe, algorithm: Registered, origin: Origin, mista
     def note(key: str, text: str) -> None:
         mistakes.add(origin.place(key), key, text)
 
+    if recipe.drift != DriftConfig() and not isinstance(config, IterativeConfig):
+        note("drift", f"{algorithm.name} has no rounds to compare; remove the block")
+    for name in sorted(needs.others):
+        if name not in recipe.models or recipe.models[name].source == "policy":
+            text = f"{algorithm.name} learns from weights other than the policy's own here; name them: `from: PATH`"
+            note(f"models.{name}", text)
     if not needs.rewards:
         for key, block in (("rollout", rollout), ("combine", recipe.combine)):
             if block != type(block)():

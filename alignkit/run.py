@@ -325,7 +325,7 @@ def _other_software(lock: Mapping[str, Any]) -> list[str]:
 
 
 def _refuse_other_data(lock: Mapping[str, Any], run: Assembled) -> None:
-    if lock["data_sha256"] != _data_sha256([*run.groups, *run.held_out]):
+    if lock["data_sha256"] != _data_sha256([*run.groups, *run.held_out, *run.labels]):
         raise DataError(
             f"{', '.join(report.path for report in run.reports)}: these are not the rows this run began with (run.lock "
             "has their hash), so its continuation would be another run. Put the data back, or start anew in another "
@@ -353,7 +353,7 @@ def _write_facts(recipe: Recipe, folder: Path, run: Assembled, world_size: int) 
         "world_size": world_size,
         "seed": recipe.seed,
         "recipe_sha256": hashlib.sha256(dump_recipe(recipe).encode()).hexdigest(),
-        "data_sha256": _data_sha256([*run.groups, *run.held_out]),
+        "data_sha256": _data_sha256([*run.groups, *run.held_out, *run.labels]),
         "computation": str(run.trainer.policy.path),
     }
     _replace(folder / "run.lock", json.dumps(lock, indent=1) + "\n")
@@ -412,7 +412,9 @@ def _ending(recipe: Recipe, folder: Path, run: Assembled, best: dict[str, Any] |
     """What the run says of its end, where the recipe asks for the best weights."""
     config, step = recipe.eval, run.trainer.progress.step
     lines = []
-    if run.trainer.progress.stopped:
+    if run.trainer.watch.ended:
+        lines.append(f"ended after step {step} by a rule of drift; what it saw is in {folder / 'rounds.jsonl'}")
+    elif run.trainer.progress.stopped:
         gain = f"a gain of more than {config.min_delta:g}" if config.min_delta else "a gain"
         many = "1 evaluation" if config.patience == 1 else f"{config.patience} evaluations"
         lines.append(f"stopped early after step {step}: {many} without {gain} in {config.best_metric}")

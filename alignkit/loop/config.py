@@ -1,4 +1,4 @@
-"""The `train` and `eval` blocks of a recipe. Torch-free."""
+"""The `train`, `eval` and `drift` blocks of a recipe. Torch-free."""
 
 from __future__ import annotations
 
@@ -62,6 +62,7 @@ class EvalConfig(Config):
 
     data: list[DataConfig] = Field([], description="held-out rows, read as `data`")
     every_steps: int = Field(0, ge=0, description="0 = only before the first and after the last step")
+    each_round: bool = Field(False, description="measure also when a round is spent; offline a round is one step")
     num_samples: int = Field(0, ge=0, description="held-out prompts to sample from, before and after; 0 = none")
     sampling: SamplingConfig = SamplingConfig()
     rewards: list[RewardConfig] = Field([], description="score the samples; gives eval_win_rate against `opponent`")
@@ -106,7 +107,7 @@ class EvalConfig(Config):
             raise ValueError(f"best_metric {metric} is about scored samples, and nothing scores them: give `rewards`")
         if self.patience is None and self.min_delta:
             raise ValueError("min_delta is a gain that patience waits for: give `patience` too")
-        if self.patience is not None and self.every_steps == 0:
+        if self.patience is not None and self.every_steps == 0 and not self.each_round:
             raise ValueError("patience counts evaluations during training, and every_steps is 0: say how often")
         return self
 
@@ -115,3 +116,52 @@ class EvalConfig(Config):
         """Whether the best value of `best_metric` is its smallest."""
         by_name = "min" if LOSS_WORDS & set(re.split(r"[_/]", self.best_metric or "")) else "max"
         return (self.best_mode or by_name) == "min"
+
+
+BOUNDS = ("below", "above", "falls_by", "rises_by")
+LABELLED = frozenset({"drift/judge_accuracy", "drift/chosen_logps", "drift/chosen_logps_change"})
+"""Numbers of a round that only `drift.labels` give."""
+
+
+class DriftRule(Config):
+    """What a run does once a number of a round is out of its one bound."""
+
+    metric: str = Field(description="as it is logged: drift/agreement, reward, …")
+    below: float | None = Field(None, description="least value that is well")
+    above: float | None = Field(None, description="greatest value that is well")
+    falls_by: float | None = Field(None, gt=0, description="how far it may fall under the greatest of earlier rounds")
+    rises_by: float | None = Field(None, gt=0, description="how far it may rise over the least of earlier rounds")
+    action: Literal["damp", "stop", "rollback"] = Field(
+        description="damp: a lower learning rate from here on; stop: the run ends before it learns from the round; "
+        "rollback: it ends with the weights that the round before this one began with"
+    )
+    factor: float = Field(0.5, gt=0, lt=1, description="damp: what the learning rate is multiplied by")
+
+    @model_validator(mode="after")
+    def _has_one_bound(self) -> DriftRule:
+        given = [name for name in BOUNDS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a rule has one bound of {', '.join(BOUNDS)}; it has {' and '.join(given) or 'none'}")
+        if self.action != "damp" and self.factor != 0.5:
+            raise ValueError(f"`factor` is of action: damp, and this rule has action: {self.action}")
+        return self
+
+    @property
+    def bound(self) -> tuple[str, float]:
+        """The one bound: its key and its value."""
+        return next((name, value) for name in BOUNDS if (value := getattr(self, name)) is not None)
+
+
+class DriftConfig(Config):
+    """How the rounds of an iterative method are watched, and what is done when they drift."""
+
+    labels: list[DataConfig] = Field([], description="held-out preferences, read as `data`, that the judge is held to")
+    num_labels: int = Field(256, ge=1, description="use only so many of their first rows")
+    rules: list[DriftRule] = Field([], description="looked at after a round is scored, before it is learned from")
+
+    @model_validator(mode="after")
+    def _has_its_labels(self) -> DriftConfig:
+        for rule in self.rules:
+            if rule.metric in LABELLED and not self.labels:
+                raise ValueError(f"a rule is about {rule.metric}, which is measured on held-out pairs: give `labels`")
+        return self

@@ -56,9 +56,10 @@ class Evaluator:
         self.best = Best(config)
         self.last_step = -1
 
-    def due(self, step: int) -> bool:
-        """Whether the recipe asks for an evaluation after this step."""
-        return bool(self._groups) and self._config.every_steps > 0 and step % self._config.every_steps == 0
+    def due(self, step: int, spent: bool) -> bool:
+        """Whether the recipe asks for an evaluation after this step; `spent`: it was the last of its round."""
+        every = self._config.every_steps
+        return bool(self._groups) and ((every > 0 and step % every == 0) or (self._config.each_round and spent))
 
     def measure(self, step: int) -> dict[str, float]:
         """All `eval_` metrics at this step that are finite; empty without held-out data.

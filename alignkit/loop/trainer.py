@@ -24,6 +24,7 @@ from alignkit.data.collate import collate
 from alignkit.dist.engine import DistEngine
 from alignkit.loop.checkpoint import Checkpoints
 from alignkit.loop.config import TrainConfig
+from alignkit.loop.drift import RoundWatch
 from alignkit.loop.evaluate import Evaluator
 from alignkit.loop.failure import dump_batch, nonfinite_message
 from alignkit.loop.micros import at_present, micros
@@ -60,6 +61,7 @@ class Trainer:
     track: Tracker
     checkpoints: Checkpoints
     evaluator: Evaluator
+    watch: RoundWatch
     write_model: Callable[[Path], None]
     starts_at_reference: bool
     max_logp_difference: float | None = None
@@ -72,7 +74,7 @@ class Trainer:
             Interrupted: stopped by a signal; a checkpoint of the last step is on disk.
             RunFailed: a loss or gradient is not finite, or a step-0 truth does not hold.
         """
-        algorithm, needs = self.algorithm, self.algorithm.needs
+        algorithm, needs, world = self.algorithm, self.algorithm.needs, self.dist.world
         self.policy.module.train()
         with self.stop:
             if self.progress.step == 0:
@@ -80,13 +82,13 @@ class Trainer:
             for index in self.progress.rounds():
                 if self.round.index != index:
                     groups, news = self.rollouts.collect(self.progress.version)
+                    units = self.watch.admit(index, groups, algorithm.build(groups), news)
                     self.roster.refresh(self.progress.version)
-                    if not any(self.dist.world.gather(len(units := algorithm.build(groups)))):
+                    if not any(world.gather(len(units))):
                         continue
-                    batch = collate(units, blank_like(units, self.dist.world))
-                    batch = self.roster.fill(batch, needs.columns, needs.slots)
-                    batch = algorithm.annotate(batch, self.dist.world)
-                    self.round.begin(index, batch, units, self.rollouts.places, self.dist.world, news)
+                    batch = self.roster.fill(collate(units, blank_like(units, world)), needs.columns, needs.slots)
+                    batch = algorithm.annotate(batch, world)
+                    self.round.begin(index, batch, units, self.rollouts.places, world, news)
                     if self.progress.step == 0 and self.config.step0_checks:
                         check_rows(self.policy, units, self.dist.dtype)
                 while (part := self.round.part()) is not None and self.progress.step < self.progress.total_steps:
@@ -145,7 +147,7 @@ class Trainer:
     def due(self) -> None:
         """What comes after a step: evaluation, checkpoint, and leaving when asked to."""
         step = self.progress.step
-        if self.evaluator.due(step):
+        if self.evaluator.due(step, spent=self.round.part() is None):
             self.evaluate()
         stop = self.stop.agreed(self.dist.world)
         if stop or (self.config.save_steps and step % self.config.save_steps == 0):
@@ -177,6 +179,7 @@ class Trainer:
             "roster": self.roster,
             "track": self.track,
             "evaluator": self.evaluator,
+            "watch": self.watch,
         }
         return shared, {"round": self.round}
 

@@ -24,7 +24,10 @@ LOWER_IS_BETTER = ("loss",)
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run as its folder tells it; None, or an empty list, where a file is not there."""
+    """A run as its folder tells it; None, or an empty list, where a file is not there.
+
+    `rounds`: the lines of rounds.jsonl that are about a round as a whole.
+    """
 
     path: Path
     recipe_text: str
@@ -35,6 +38,7 @@ class RunFolder:
     data_report: list[dict[str, Any]] | None
     lock: dict[str, Any] | None
     best: dict[str, Any] | None
+    rounds: list[dict[str, Any]]
 
     @property
     def name(self) -> str:
@@ -85,6 +89,7 @@ def read_run(path: Path) -> RunFolder:
         data_report=_json(path / "data_report.json"),
         lock=_json(path / "run.lock"),
         best=_json(path / "best.json"),
+        rounds=[line for line in read_lines(path / "rounds.jsonl") if "metrics" in line],
     )
 
 

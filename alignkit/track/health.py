@@ -50,6 +50,8 @@ class History:
     def __init__(self, records: Iterable[Record] = ()) -> None:
         self._first: list[Record] = []
         self._last: deque[Record] = deque(maxlen=WINDOW)
+        self.rounds: list[Record] = []
+        """The records in which a round of an iterative method is measured."""
         self.count = 0
         for record in records:
             self.add(record)
@@ -60,6 +62,8 @@ class History:
             return
         self.count += 1
         self._last.append(record)
+        if "round" in record:
+            self.rounds.append(record)
         if len(self._first) < WINDOW:
             self._first.append(record)
 
@@ -301,9 +305,26 @@ def _chosen(history: History, recipe: Mapping[str, Any]) -> Check | None:
     return Check("chosen answers", verdict, lost, text)
 
 
+def _judge(history: History, recipe: Mapping[str, Any]) -> Check | None:
+    """By held-out labels where there are some, else by the round before."""
+    del recipe
+    for metric, does in (
+        ("drift/judge_accuracy", "is right about {} of the held-out pairs"),
+        ("drift/agreement", "agrees with that of the round before about {}"),
+    ):
+        found = _values(history.rounds, metric)
+        if len(found) > 1:
+            lost = max(found) - found[-1]
+            verdict = _beyond(lost, watch=0.05, bad=0.15)
+            text = f"The judge {does.format(_percent(found[-1]))}, {_percent(max(found))} at its best"
+            text += ": what it likes is no longer what is good." if verdict != "ok" else "."
+            return Check("judge", verdict, found[-1], text)
+    return None
+
+
 CHECKS = (
     *(_reward, _signal, _parts, _unscored, _clipping, _critic, _divergence, _entropy, _phrases, _length, _truncated),
-    *(_sampler, _chosen),
+    *(_sampler, _chosen, _judge),
 )
 """`check(history, recipe)` each; None where it does not apply."""
 

@@ -15,6 +15,7 @@ from alignkit.track.folder import Curve, RunFolder, WinRate, better, read_run
 from alignkit.track.health import History, judge
 from alignkit.track.page import details, note, page, section, table
 from alignkit.track.plots import Line, draw
+from alignkit.track.rounds import rounds_section
 from alignkit.track.samples import sample_win_rate, samples_after, samples_before_after
 from alignkit.track.text import flatten, number
 
@@ -65,6 +66,7 @@ def _one_run(run: RunFolder) -> str:
         f'<p class="verdict">{escape(verdict(run, rate))}</p>',
         *([note(best_weights(run.best))] if run.best is not None else []),
         *_health(run),
+        *rounds_section(run),
         section("Departures from the defaults", _departures(run)),
         section("Key numbers", _key_numbers(run)),
         section("Curves", _curves({"": run})),

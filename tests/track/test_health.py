@@ -73,7 +73,7 @@ def test_healthy_runs_raise_no_alarm(steps: int) -> None:
 
 
 def test_every_check_has_something_to_say_of_a_run_that_logs_all() -> None:
-    said = judge(History(made(change=lambda r, share: r.update({"logps/chosen": -100 - share}))), RECIPE)
+    said = judge(History(made(change=ALL)), RECIPE)
     assert len(said) == len(CHECKS)
     assert all(check.text.endswith(".") for check in said)
 
@@ -83,6 +83,7 @@ def put(**values: Callable[[float], float]) -> Change:
     return lambda record, share: record.update({name: function(share) for name, function in names.items()})
 
 
+ALL = put(logps__chosen=lambda s: -100 - s, round=lambda s: s, drift__judge_accuracy=lambda _: 0.8)
 FLAT = put(reward=lambda _: 0.3, rewards__right__mean=lambda _: 0.35)
 
 
@@ -125,6 +126,9 @@ SICK: list[tuple[str, Change, dict[str, str]]] = [
     ("stale", put(sampling__sampling_logp_difference__mean=lambda _: 0.4), {"sampler against trainer": "bad"}),
     ("sinks", put(logps__chosen=lambda s: -100 - 40 * s), {"chosen answers": "watch"}),
     ("sunk", put(logps__chosen=lambda s: -100 - 90 * s), {"chosen answers": "bad"}),
+    ("strays", put(round=lambda s: s, drift__judge_accuracy=lambda s: 0.8 - 0.1 * s), {"judge": "watch"}),
+    ("lost", put(round=lambda s: s, drift__judge_accuracy=lambda s: 0.8 - 0.2 * s), {"judge": "bad"}),
+    ("turns", put(round=lambda s: s, drift__agreement=lambda s: 0.9 - 0.1 * s), {"judge": "watch"}),
 ]
 
 
@@ -188,7 +192,7 @@ def test_what_is_not_logged_or_too_short_is_not_judged() -> None:
 
 
 def test_every_check_is_explained_and_every_explanation_is_of_one() -> None:
-    checks = judge(History(made(change=lambda r, share: r.update({"logps/chosen": -100 - share}))), RECIPE)
+    checks = judge(History(made(change=ALL)), RECIPE)
     titles = re.findall(r"^## (.*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     assert [title.lower() for title in titles] == [check.name for check in checks]
     anchors = {f"docs/health.md#{re.sub(r'[^a-z -]', '', title.lower()).replace(' ', '-')}" for title in titles}
@@ -218,7 +222,7 @@ def test_the_console_says_what_changed_and_all_of_it_at_the_end(facts: dict[str,
     entropy = "The entropy of a token went from 2 to 0.2 nats, 10 % of the start: the samples become alike."
     assert changes[0] == f"health  step 40/60  entropy: watch, was ok.  {entropy} docs/health.md#entropy"
     assert changes[1].startswith("health  step 50/60  entropy: ok, was watch.")
-    assert [line.split()[1] for line in panel] == ["ok"] * (len(CHECKS) - 1)  # no chosen answers
+    assert [line.split()[1] for line in panel] == ["ok"] * (len(CHECKS) - 2)  # no chosen answers, no rounds
 
 
 def test_a_quiet_console_says_nothing_of_it(facts: dict[str, Any]) -> None:
