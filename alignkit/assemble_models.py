@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from alignkit.core.contracts import Algorithm
+from alignkit.core.contracts import Algorithm, Needs
 from alignkit.core.errors import RecipeError
 from alignkit.core.types import Unit
 from alignkit.data.render import Renderer
@@ -50,7 +50,7 @@ def build_models(
             f"models.{unknown[0]}: {recipe.algorithm.name} uses no model of that name; it uses "
             f"{', '.join(sorted(names)) or 'none besides the policy'}"
         )
-    configs = {name: recipe.models.get(name, RosterModelConfig.model_validate({"from": "policy"})) for name in names}
+    configs = {name: _config(recipe, needs, name) for name in names}
     served = {name: ChatModel(config, name) for name, config in configs.items() if config.endpoint is not None}
     if wrong := sorted(needs.roster & set(served)):
         raise RecipeError(
@@ -81,6 +81,15 @@ def build_models(
         context_length(policy.bare) if policy.heads.is_language else None,
     )
     return run_models.roster, run_models
+
+
+def _config(recipe: Recipe, needs: Needs, name: str) -> RosterModelConfig:
+    """What the recipe says of a model, else where the method has it begin."""
+    start = RosterModelConfig.model_validate({"from": "policy"})
+    if name not in recipe.models and needs.starts.get(name) in recipe.models:
+        source = recipe.models[needs.starts[name]].source
+        start = RosterModelConfig.model_validate({"from": source})
+    return recipe.models.get(name, start)
 
 
 def forward_options(model: ModelConfig, temperature: float = 1.0) -> ForwardOptions:

@@ -103,8 +103,8 @@ class Bench:
     ) -> None:
         self.name = algorithm if isinstance(algorithm, str) else f"{algorithm.__module__}:{algorithm.__qualname__}"
         self.algorithm: type[Algorithm[Any]] = register.algorithm.get(self.name).target
-        self.config = {**toy_config(self.algorithm), **(config or {})}
         self.folder = folder
+        self.config = {**toy_config(self.algorithm, folder), **(config or {})}
         self.model = build_tiny_model(folder / "model")
         self.data = folder / "rows.jsonl"
         self.needs = self._configured().needs
@@ -131,7 +131,8 @@ class Bench:
         config = {"name": self.name, **self.config}
         method = self._configured()
         if method.needs.rewards:
-            blank = Group("", [], [], [Completion("", [])] * TOY_GENERATIONS)
+            given = [Completion("", [], reward=1.0), Completion("", [], reward=0.0)] if method.needs.given else []
+            blank = Group("", [], [], [*[Completion("", [])] * TOY_GENERATIONS, *given])
             each = method.count_units(blank)
             training["batch_size"] = len(self.rows) * each
             size = settings.get("batch_size", training["batch_size"])
@@ -143,9 +144,11 @@ class Bench:
                 **({"rewards": [{"name": f"{__name__}:{toy}"}]} if method.needs.scored else {}),
                 "rollout": {"num_generations": TOY_GENERATIONS, "max_completion_length": TOY_LENGTH},
             }
+        others = enumerate(sorted(method.needs.others), 1)
         return load_recipe(
             {
                 **online,
+                "models": {name: {"from": str(build_tiny_model(self.folder / name, seed=i))} for i, name in others},
                 "seed": seed,
                 "output_dir": str(self.folder / run),
                 "model": {"name_or_path": str(self.model), "dtype": "float32", **(model or {})},
@@ -441,9 +444,18 @@ class SteadyLoudness:
         return RewardOutput(score=score, valid=torch.ones(len(score), dtype=torch.bool), components=before)
 
 
-def toy_config(algorithm: type[Algorithm[Any]]) -> dict[str, Any]:
-    """The keys without which an algorithm could not read its toy rows: their objectives, where it lists them."""
-    return {"objectives": list(TOY_OBJECTIVES)} if "objectives" in algorithm.config_type.model_fields else {}
+def toy_config(algorithm: type[Algorithm[Any]], folder: Path) -> dict[str, Any]:
+    """The keys without which an algorithm could not read its toy rows: their objectives, where it lists them, and
+    judges that are asked in letters of the toy tokenizer, from the first step on."""
+    keys = algorithm.config_type.model_fields
+    config: dict[str, Any] = {}
+    if "objectives" in keys:
+        config["objectives"] = list(TOY_OBJECTIVES)
+    if {"template", "answers"} <= keys.keys():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "judge.txt").write_text("{prompt} {first} {second} ", encoding="utf-8")
+        config |= {"template": str(folder / "judge.txt"), "answers": ["A", "B"], "warmup_steps": 0}
+    return config
 
 
 def toy_rows(algorithm: type[Algorithm[Any]] | Algorithm[Any], count: int) -> list[dict[str, Any]]:

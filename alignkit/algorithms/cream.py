@@ -47,7 +47,7 @@ from alignkit.core import (
 from alignkit.core.config import IterativeConfig
 from alignkit.core.contracts import RolloutFacts
 from alignkit.core.lazy import torch
-from alignkit.core.pairs import ROUND_MODELS, OwnPairsConfig, own_pair, pair_metrics
+from alignkit.core.pairs import ROUND_MODELS, ROUND_STARTS, OwnPairsConfig, own_pair, pair_metrics
 from alignkit.core.types import NAN, Term
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ class CREAM(Algorithm[CREAMConfig]):
         columns=frozenset({"reference.logps"}),
         rewards=True,
         models=ROUND_MODELS,
+        starts=ROUND_STARTS,
         sources=("implicit",),
     )
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 from alignkit.algorithms.dpo import DPO, DPOConfig
 from alignkit.core import Group, Unit, register
 from alignkit.core.config import IterativeConfig
-from alignkit.core.pairs import ROUND_MODELS, OwnPairsConfig, own_pair
+from alignkit.core.pairs import ROUND_MODELS, ROUND_STARTS, OwnPairsConfig, own_pair
 
 
 class SelfRewardingConfig(IterativeConfig, DPOConfig, OwnPairsConfig):
@@ -30,7 +30,9 @@ class SelfRewardingConfig(IterativeConfig, DPOConfig, OwnPairsConfig):
 class SelfRewarding(DPO):
     """The best and the worst of a policy's own answers, by its own judgement, round by round → DPO."""
 
-    needs = replace(DPO.needs, rewards=True, preferences=False, models=ROUND_MODELS, sources=("implicit",))
+    needs = replace(
+        DPO.needs, rewards=True, preferences=False, models=ROUND_MODELS, starts=ROUND_STARTS, sources=("implicit",)
+    )
     config_type = SelfRewardingConfig
     config: SelfRewardingConfig
 

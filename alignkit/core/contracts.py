@@ -69,11 +69,13 @@ class Needs:
     without one where that is an answer to its own prompt. `strata`: a column whose values each round holds in the
     proportion in which all the data does, so that equally frequent values come equally often. `models`: the run's other
     models besides those of `columns` that the method or its rewards ask, and when each moves (`never`, `round`) where
-    the recipe does not say; it says so too of models in `columns`. `sources`: rewards that score a round where the
+    the recipe does not say; it says so too of models in `columns`. `starts`: whose weights such a model begins with
+    where the recipe does not say, by name; otherwise the policy's. `sources`: rewards that score a round where the
     recipe lists none. `scored`: False where an online method has no use for rewards. `given`: completions that the data
     has of a prompt stand behind those the policy writes, and are scored with them. `fresh`: columns filled anew before
     every optimizer step, for `relabel`. `late`: columns filled for one micro-batch at a time, right before its forward:
-    they are in no annotation and no checkpoint, which is for what is too large to be kept, such as logits.
+    they are in no annotation and no checkpoint, which is for what is too large to be kept, such as logits. `others`:
+    models whose weights the recipe has to name, since what the policy starts from would say nothing in their place.
     """
 
     completions: int = 1
@@ -90,11 +92,13 @@ class Needs:
     partners: bool = False
     strata: str | None = None
     models: Mapping[str, str] = field(default_factory=dict, hash=False)
+    starts: Mapping[str, str] = field(default_factory=dict, hash=False)
     sources: tuple[str, ...] = ()
     scored: bool = True
     given: bool = False
     fresh: frozenset[str] = frozenset()
     late: frozenset[str] = frozenset()
+    others: frozenset[str] = frozenset()
 
     @property
     def roster(self) -> frozenset[str]:

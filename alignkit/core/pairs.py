@@ -25,7 +25,9 @@ def best_worst(group: Group) -> Unit:
 
 ROUND_MODELS = {"reference": "round", "previous": "round", "base": "never"}
 """Models of a run that learns from its own judgement, and when they move: the reference is where a round began,
-`previous` where the one before it did, `base` where the run did."""
+`previous` where the one before it did, `base` what came before the start."""
+ROUND_STARTS = {"previous": "base"}
+"""Before the first round there was the base."""
 
 
 class OwnPairsConfig(Config):

@@ -20,11 +20,12 @@ CHUNK = 512
 
 
 def load_groups(
-    config: DataConfig, renderer: Renderer, *, max_length: int, room: int = 0
+    config: DataConfig, renderer: Renderer, *, max_length: int, room: int = 0, given: bool = False
 ) -> tuple[list[Group], DataReport]:
     """Read, render and cut the rows of one data entry to `max_length` tokens of prompt + completion.
 
-    With `room` only the prompts are taken, and so many tokens are left free behind them.
+    With `room` so many tokens are left free behind prompts, and only those are taken unless answers are asked for too
+    (`given`).
 
     Raises: DataError when the source or a column is missing, no row is usable, or `max_bad_fraction` is exceeded.
     """
@@ -34,7 +35,7 @@ def load_groups(
     groups: list[Group] = []
     for start in range(0, len(table.rows), CHUNK):
         span = range(start, min(start + CHUNK, len(table.rows)))
-        groups += _chunk_groups(table, span, config, renderer, report, max_length, room)
+        groups += _chunk_groups(table, span, config, renderer, report, max_length, room, given)
     report.kept = len(groups)
     report.check_budget(config.max_bad_fraction)
     return groups, report
@@ -55,7 +56,14 @@ def label_pairs(groups: Sequence[Group]) -> list[Group]:
 
 
 def _chunk_groups(
-    table: Table, span: range, config: DataConfig, renderer: Renderer, report: DataReport, max_length: int, room: int
+    table: Table,
+    span: range,
+    config: DataConfig,
+    renderer: Renderer,
+    report: DataReport,
+    max_length: int,
+    room: int,
+    given: bool,
 ) -> list[Group]:
     """The groups of some rows; every other row is counted in `report`."""
     items: list[tuple[int, Item]] = []
@@ -69,7 +77,7 @@ def _chunk_groups(
             report.drop(bad.reason, _where(table, i, bad.note))
             continue
         report.added += len(made) - 1
-        items += [(i, _prompt_only(item) if room else item) for item in made]
+        items += [(i, _prompt_only(item) if room and not given else item) for item in made]
     groups = []
     for (i, item), rendered in zip(items, renderer.render([item.example for _, item in items]), strict=True):
         if isinstance(rendered, BadRow):
@@ -81,8 +89,7 @@ def _chunk_groups(
             longest = max(map(len, rendered.completions))
             report.measure(completion=longest, total=prompt + longest)
         try:
-            # fit leaves one token free behind a prompt without completions
-            changes = fit(rendered, renderer.bos_id, max_length - max(0, room - 1), config.overlong)
+            changes = fit(rendered, renderer.bos_id, max_length, config.overlong, max(1, room))
         except BadRow as bad:
             report.drop(bad.reason, _where(table, i, bad.note))
             continue
@@ -111,25 +118,28 @@ def operate(item: Item, operations: Sequence[Operation[Any]]) -> list[Item]:
     return items
 
 
-def fit(rendered: Rendered, bos_id: int | None, max_length: int, overlong: Literal["drop", "cut"]) -> list[str]:
+def fit(
+    rendered: Rendered, bos_id: int | None, max_length: int, overlong: Literal["drop", "cut"], room: int = 1
+) -> list[str]:
     """Cut `rendered` in place to `max_length` tokens and return what was changed, as the report names it.
 
-    The prompt gives way first, from the left, down to one token behind BOS; completions share what is left of it.
+    The prompt gives way first, from the left, down to one token behind BOS and to `room` free tokens; completions share
+    what is left of it.
     Raises: BadRow when the longest completion still does not fit and may not be cut, or nothing is left to learn from.
     """
     changes = ["boundary merged"] * rendered.boundary_merged + ["turn rewritten"] * (rendered.turns_rewritten > 0)
     prompt, longest = rendered.prompt, max(map(len, rendered.completions), default=1)
     front = int(prompt[0] == bos_id)
-    keep = max(max_length - longest, min(front + 1, max_length - 1))
+    keep = max(max_length - max(longest, room), min(front + 1, max_length - room))
     if len(prompt) > keep:
         rendered.prompt = [*prompt[:front], *prompt[len(prompt) - keep + front :]]
         changes.append("prompt cut")
-    room = max_length - len(rendered.prompt)
-    if longest > room:
+    left = max_length - len(rendered.prompt)
+    if longest > left:
         if overlong == "drop":
             raise BadRow("overlong", f"{len(prompt)} prompt and {longest} completion tokens, room for {max_length}")
-        rendered.completions = [completion[:room] for completion in rendered.completions]
-        rendered.trained = [flags and flags[:room] for flags in rendered.trained]
+        rendered.completions = [completion[:left] for completion in rendered.completions]
+        rendered.trained = [flags and flags[:left] for flags in rendered.trained]
         changes.append("completion cut")
     if len(rendered.completions) > 1 and all(tokens == rendered.completions[0] for tokens in rendered.completions):
         raise BadRow("equal completions", "once they are rendered and cut")
