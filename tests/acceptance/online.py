@@ -56,6 +56,7 @@ class OnlineTask:
         data: Sequence[dict[str, Any]] | None = None,
         start: Path | None = None,
         models: dict[str, Any] | None = None,
+        drift: dict[str, Any] | None = None,
         **train: Any,
     ) -> Path:
         """60 updates of 8 prompts with 8 answers each at 1e-3, each logged, unless told otherwise.
@@ -86,7 +87,7 @@ class OnlineTask:
             },
             "train": {**usual, **train},
         }
-        blocks = {"combine": combine, "models": models}
+        blocks = {"combine": combine, "models": models, "drift": drift}
         return self.bench.train(name, recipe | {key: block for key, block in blocks.items() if block is not None})
 
     def reward(self, run: Path) -> float:
