@@ -414,6 +414,8 @@ def _rollouts(
 
     def measure(given: Sequence[Group]) -> dict[str, Metric]:
         longest = recipe.rollout.max_completion_length
+        if needs.given:  # what the data has says nothing of the policy
+            given = [replace(group, completions=[c for c in group.completions if c.version >= 0]) for group in given]
         return {**reward_metrics(given, scorers.of_rounds), **completion_metrics(given, longest)}
 
     def say(text: str) -> None:

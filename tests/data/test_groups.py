@@ -19,10 +19,11 @@ PAIR = {"prompt": "one day", "chosen": " the fish", "rejected": " the crab"}
 
 @pytest.fixture
 def load(tmp_path, make_renderer):
-    def load(rows, *, max_length=100, template=None, **options):
+    def load(rows, *, max_length=100, template=None, room=0, given=False, **options):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return load_groups(DataConfig(path=str(path), **options), make_renderer(template), max_length=max_length)
+        config, taken = DataConfig(path=str(path), **options), {"room": room, "given": given}
+        return load_groups(config, make_renderer(template), max_length=max_length, **taken)
 
     return load
 
@@ -37,6 +38,13 @@ def test_a_pair_becomes_a_group(load, make_renderer):
     assert [completion.scores["score"].value for completion in group.completions] == [2.0, 1.0]
     assert renderer.decode(group.prompt + group.completions[0].tokens) == "<s>one day the fish</s>"
     assert (report.rows, report.kept, report.dropped, report.changed) == (1, 1, {}, {})
+
+
+def test_where_there_is_room_for_answers_those_of_the_data_come_if_asked_for(load):
+    [alone], _ = load([PAIR], room=8)
+    [group], _ = load([PAIR], room=8, given=True)
+    assert alone.completions == []
+    assert [completion.text for completion in group.completions] == [" the fish", " the crab"]
 
 
 def test_rows_without_an_id_are_named_by_source_and_line(load):
@@ -132,6 +140,17 @@ def test_truncation_takes_the_prompt_first(prompt, lengths, max_length, expected
     rendered = Rendered(list(prompt), completions, [None] * len(lengths))
     changes = fit(rendered, 1, max_length, "cut")
     assert (rendered.prompt, [len(tokens) for tokens in rendered.completions], changes) == expected
+
+
+@pytest.mark.parametrize(
+    ("lengths", "room", "expected"),
+    [([3, 2], 2, [1, 6, 7, 8]), ([3, 2], 5, [1, 8]), ([], 5, [1, 8]), ([], 6, [1])],
+)
+def test_room_is_left_behind_the_prompt_whatever_was_answered(lengths, room, expected):
+    rendered = Rendered([1, 5, 6, 7, 8], [[10 * (i + 1)] * n for i, n in enumerate(lengths)], [None] * len(lengths))
+    assert fit(rendered, 1, 7, "drop", room) == ["prompt cut"]
+    assert rendered.prompt == expected
+    assert [len(tokens) for tokens in rendered.completions] == lengths
 
 
 def test_overlong_rows_are_dropped_unless_cut_is_asked_for():
