@@ -1,4 +1,4 @@
-"""Three rounds of a story model on its own judgement, anchored by pairs it learned before: CREAM beside the plain way."""
+"""Three rounds of a story model on its own judgement, anchored by pairs it learned before: CREAM and the plain way."""
 
 import gzip
 import json
