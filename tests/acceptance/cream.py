@@ -34,7 +34,7 @@ class Erring(Implicit):
         return told
 
 
-def rounds(task: JudgeTask, name: str, algorithm: dict[str, Any], sigma: float = 1.0) -> Path:
+def rounds(task: JudgeTask, name: str, algorithm: dict[str, Any], sigma: float = 1.0, **settings: Any) -> Path:
     """A run by the erring judge, three passes over each round at 5e-4: plain self-rewarding learns the errors too.
 
     Before the first round there is the start, not the base: this base, made to prefer other symbols, ranks answers the
@@ -42,8 +42,8 @@ def rounds(task: JudgeTask, name: str, algorithm: dict[str, Any], sigma: float =
     """
     judge = {"name": f"{__name__}:Erring", "label": "implicit", "args": {"sigma": sigma}}
     models = {**task.models, "previous": {"from": "policy", "refresh": "round"}}
-    rollout, settings = {"num_generations": NUM_GENERATIONS}, {"learning_rate": 5e-4, "epochs_per_round": 3}
-    return learn(task, name, [judge], algorithm, rollout=rollout, models=models, **settings)
+    usual = {"learning_rate": 5e-4, "epochs_per_round": 3, "rollout": {"num_generations": NUM_GENERATIONS}}
+    return learn(task, name, [judge], algorithm, models=models, **{**usual, **settings})
 
 
 def worst_drop(task: JudgeTask, run: Path) -> float:
@@ -56,7 +56,10 @@ def worst_drop(task: JudgeTask, run: Path) -> float:
 def measure(bench: Bench) -> list[Figure]:
     task = JudgeTask(bench)
     cream, plain = rounds(task, "cream", {"name": "cream"}), rounds(task, "cream-plain", {})
-    exact = rounds(task, "cream-exact", {"name": "cream"}, 0.0), rounds(task, "cream-plain-exact", {}, 0.0)
+    exact = [
+        rounds(task, f"{name}-exact", {"name": name}, 0.0, learning_rate=1e-4, epochs_per_round=1)
+        for name in ("cream", "self_rewarding")
+    ]
     certain = rounds(task, "cream-certain", {"name": "cream", "fixed_consistency": 1.0})
     agreed = by_round(task, cream, "cream/consistency")
     losses = [[record["loss"] for record in task.log(run)] for run in (certain, plain)]
