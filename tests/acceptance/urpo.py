@@ -1,0 +1,100 @@
+"""URPO on T5: a rule scores the answers to five digits, the model itself those to the five others."""
+
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from string import digits
+from typing import Any
+
+from tests.acceptance import online, toys
+from tests.acceptance.bench import Bench, Figure, method
+from tests.acceptance.judge_task import NUM_WARM_UP, JudgeTask
+
+KNOWN, HIDDEN = digits[:5], digits[5:]
+NUM_PROMPTS, UPDATES = 112, 150
+"""Prompts of an update: a seventh verifiable, a seventh open, the others questions about two answers; updates."""
+NUM_ROWS, NUM_SAMPLES = 2_400, 100
+"""Rows of verifiable and of open prompts, and a fifth of those of pairs; samples a digit."""
+
+
+class RefereeTask(JudgeTask):
+    """T5 with a referee that has met many pairs, each seldom, so that it doubts: one that is sure of few that it knows
+    by heart gives the same verdict eight times, and equal rewards teach nothing."""
+
+    @cached_property
+    def start(self) -> Path:  # type: ignore[override]
+        """SFT of the base on the answers of T2 and, as often, on verdicts on other pairs each time: 350 steps."""
+        answers = toys.count_warm_up(self.seed, NUM_WARM_UP)
+        verdicts = toys.judge_rows(toys.judge_pairs(self.seed, "examples", NUM_WARM_UP // 2))
+        return self._sft(
+            "referee-warm-up", self.base, [(answers, 1), (verdicts, 1)], max_steps=350, lr_scheduler="cosine"
+        )
+
+    def learn(self, name: str, *, preference: bool = True) -> Path:
+        """The run on all three tasks, or on the other two; open prompts wait for nothing, since the start can judge."""
+        form = {"template": self.judge["args"]["template"]}
+        pairs = toys.judge_pairs(self.seed, "preference", 5 * NUM_ROWS, KNOWN) if preference else []
+        entries: list[tuple[str, toys.Rows | list[dict[str, Any]], dict[str, Any]]] = [
+            ("verifiable", [{"prompt": KNOWN[i % len(KNOWN)]} for i in range(NUM_ROWS)], {}),
+            ("open", [{"prompt": HIDDEN[i % len(HIDDEN)]} for i in range(NUM_ROWS)], {}),
+            ("preference", pairs, {"operations": [{"name": "referee", **form}]}),
+        ]
+        data = []
+        for kind, rows, keys in entries:
+            if rows:
+                path = toys.write_rows(self.bench.folder / f"{name}-{kind}.jsonl", rows)
+                data.append({"path": str(path), "fields": {"task": f"={kind}"}, **keys})
+        prompts = NUM_PROMPTS if preference else 2 * NUM_PROMPTS // 7
+        recipe: dict[str, Any] = {
+            "model": {"name_or_path": str(self.start), "dtype": "float32"},
+            "data": data,
+            "algorithm": {"name": "urpo", "min_referee_acc": 0, "ramp_steps": 0},
+            "rewards": [
+                {"name": f"{online.__name__}:count", "when": "verifiable"},
+                {"name": "referee_rank", "when": "preference", "args": form},
+                {"name": "self_referee", "when": "open", "args": {**form, "max_tokens": 2}},
+            ],
+            "combine": {"route": "task"},
+            "rollout": {"num_generations": online.NUM_GENERATIONS, "max_completion_length": online.LONGEST},
+            "train": {
+                "max_steps": UPDATES,
+                "batch_size": prompts * online.NUM_GENERATIONS,
+                "learning_rate": 1e-3,
+                "lr_scheduler": "constant",
+                "max_length": 64,
+                "save_steps": 0,
+                "logging_steps": 1,
+            },
+        }
+        return self.bench.train(name, recipe)
+
+    def hidden_reward(self, run: Path) -> float:
+        """Mean reward of samples to the digits that the rule was kept from."""
+        from alignkit.run import sample
+
+        drawn = sample(run, list(HIDDEN), num=NUM_SAMPLES, temperature=1.0, max_tokens=online.LONGEST)
+        return fmean(toys.count_reward(one["prompt"], one["completion"]) for one in drawn)
+
+    def accuracy(self, run: Path) -> float:
+        """Share of right verdicts, the likeliest one on each held-out pair of the known digits in either order."""
+        from alignkit.run import sample
+
+        rows = toys.judge_rows(pair for pair in self.held_out if pair["prompt"] in KNOWN)
+        asked = {row["prompt"]: row["completion"] for row in rows}
+        drawn = sample(run, list(asked), num=1, temperature=0.0, max_tokens=2)
+        return fmean(one["completion"] == asked[one["prompt"]] for one in drawn)
+
+
+@method("urpo")
+def measure(bench: Bench) -> list[Figure]:
+    task = RefereeTask(bench)
+    run, alone = task.learn("urpo"), task.learn("urpo-alone", preference=False)
+    start, judged = task.hidden_reward(task.start), task.accuracy(task.start)
+    hidden, right = task.hidden_reward(run), task.accuracy(run)
+    return [
+        Figure("T5, start: verdicts that are right", judged, at_least=0.6, at_most=0.7),
+        Figure("T5: verdicts that are right", right, at_least=0.85, start=judged),
+        Figure("T5: reward where the rule is hidden, over the start's", hidden - start, at_least=0.25),
+        Figure("T5: the same over that without preference rows", hidden - task.hidden_reward(alone), at_least=0.01),
+        Figure("T5: right verdicts over those without preference rows", right - task.accuracy(alone), at_least=0.01),
+    ]
