@@ -71,7 +71,7 @@ class JudgeTask(OnlineTask):
         """A recipe's reward: the policy's verdicts on the other answers to the prompt."""
         return {"name": "judge", "args": {"mode": "pairwise", "template": str(self.template)}}
 
-    def opinions(self, run: Path, pairs: Sequence[Mapping[str, Any]] | None = None) -> Opinions:
+    def opinions(self, run: Path, pairs: Sequence[Mapping[str, Any]] | None = None, beta: float = BETA) -> Opinions:
         """What the model of a run, or of a folder, thinks of scored pairs, those held out unless others are given."""
         pairs = self.held_out if pairs is None else pairs
         now, base = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (run, self.base))
@@ -86,7 +86,7 @@ class JudgeTask(OnlineTask):
         return Opinions(
             judge=_agreement(verdict > 0, truth),
             implicit=_agreement(implicit > 0, truth),
-            consensus=_agreement(verdict + BETA * implicit > 0, truth),
+            consensus=_agreement(verdict + beta * implicit > 0, truth),
             consistency=_agreement(verdict > 0, implicit > 0),
             flips=1 - _agreement(first > 0, second > 0),
         )

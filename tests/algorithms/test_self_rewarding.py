@@ -1,17 +1,14 @@
-"""Self-rewarding and online DPO: their pairs, their rounds, and what a judge that says nothing leaves of them."""
+"""Self-rewarding: its pairs, its rounds, and what a judge that says nothing leaves of them."""
 
 import json
 
 import pytest
 
 from alignkit import testing
-from alignkit.algorithms.online_dpo import OnlineDPO, OnlineDPOConfig
 from alignkit.algorithms.self_rewarding import SelfRewarding, SelfRewardingConfig
 from alignkit.core import Completion, Group, RunFailed
 from alignkit.core.errors import RecipeError
 from alignkit.recipe import load_recipe
-
-METHODS = [(SelfRewarding, SelfRewardingConfig), (OnlineDPO, OnlineDPOConfig)]
 
 
 def indifferent(completions, **columns):
@@ -29,16 +26,14 @@ def group(rewards):
     return Group("g", [], [1], answers)
 
 
-@pytest.mark.parametrize(("method", "config"), METHODS)
-def test_its_pair_is_the_best_and_the_worst(method, config):
-    algorithm = method(config(name="x"))
+def test_its_pair_is_the_best_and_the_worst():
+    algorithm = SelfRewarding(SelfRewardingConfig(name="x"))
     pairs = algorithm.build([group([0.0, 2.0, 2.0, -1.0]), group([1.0, 1.0]), group([1.0, float("nan")])])
     assert [[row.tokens[-1] - 2 for row in pair] for pair in pairs] == [[1, 3]]
 
 
-@pytest.mark.parametrize("name", ["self_rewarding", "online_dpo"])
-def test_a_judge_that_knows_no_difference_teaches_nothing(name, tmp_path):
-    bench = testing.Bench(name, folder=tmp_path)
+def test_a_judge_that_knows_no_difference_teaches_nothing(tmp_path):
+    bench = testing.Bench("self_rewarding", folder=tmp_path)
     recipe = bench.recipe("run", max_steps=2, num_epochs=2)
     judged = recipe.rewards[0].model_copy(update={"name": f"{__name__}:indifferent"})
     with pytest.raises(RunFailed, match="no row gave anything to train on"):

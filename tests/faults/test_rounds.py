@@ -12,7 +12,7 @@ from alignkit.run import resume, train
 from alignkit.testing import Bench, Killed, comparable_metrics, digest, killed_at, toy_rows
 from alignkit.track.folder import read_lines
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults-rounds")]
+pytestmark = pytest.mark.xdist_group("faults-rounds")
 
 STEPS = 3
 """Optimizer steps of a round: seven pairs in batches of three."""
