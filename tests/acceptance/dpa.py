@@ -1,5 +1,6 @@
 """Task D, two rewards: the share of vowels in an answer, and its length. A direction before the prompt weighs them."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from math import cos, radians, sin
 from pathlib import Path
@@ -11,13 +12,17 @@ from alignkit.core.rng import generator
 from tests.acceptance import toys
 from tests.acceptance.bench import Bench, Figure, method
 
-NUM_WARM_UP, NUM_PROMPTS, ROUNDS = 12_800, 200, 3
-"""Rows of the warm-up, prompts of a round (each round has its own), rounds."""
-LONGEST, VOWELS, VOWEL_CHANCE = 16, "aeiou", 0.3
+NUM_WARM_UP, NUM_PROMPTS, NUM_DIRECTIONS, ROUNDS = 12_800, 200, 6, 3
+"""Rows of the warm-up, prompts of a round (each round has its own), directions of a prompt, rounds."""
+SHORTEST, LONGEST, MOST = 4, 14, 16
+"""Letters of an answer of the warm-up, and of any."""
+VOWELS, CONSONANTS, VOWEL_CHANCE = "aeiou", "bcdfghjklmnpqrstvwxyz", 0.3
 ANGLES, NUM_ASKED = (-45, -30, -15, 0, 15, 30, 45), 200
+OBJECTIVES, OTHERS, NUM_NEAR = ["V", "L"], ["N", "M"], 5
+"""Names of the rewards, names that ask for a part of the alphabet, and how many consonants are a part."""
 OPERATION = {
     "name": "direction",
-    "objectives": ["V", "L"],
+    "objectives": OBJECTIVES,
     "placement": "user_prefix",
     "text": "{weights}",
     "separator": ";",
@@ -32,7 +37,7 @@ def vowels(completions: list[str], **_: Any) -> list[float]:
 
 def lengths(completions: list[str], **_: Any) -> list[float]:
     """r₂: letters of the most there may be."""
-    return [len(answer) / LONGEST for answer in completions]
+    return [len(answer) / MOST for answer in completions]
 
 
 def hypervolume(points: list[Point]) -> float:
@@ -58,23 +63,30 @@ class DirectionTask:
 
     @cached_property
     def start(self) -> Path:
-        """SFT from random weights, half of the prompts under a direction that says nothing of the answer."""
-        symbols = [*ascii_lowercase, *digits, *"VL*+-:; "]
+        """SFT from random weights, which learn to read numbers: under other names they say which consonants to use.
+
+        Under the names of the rewards they say nothing, and vowels and length follow from neither.
+        """
+        symbols = [*ascii_lowercase, *digits, *"VLMN*+-:; "]
         model = toys.write_model(self.bench.folder / "direction-random", self.seed, symbols)
         rng, rows = generator(self.seed, "direction", "warm-up"), []
-        others = [letter for letter in ascii_lowercase if letter not in VOWELS]
         for i, prompt in enumerate(self._prompts("warm-up", NUM_WARM_UP)):
-            length = rng.randint(1, LONGEST)
+            share, names, others = rng.random(), OBJECTIVES, CONSONANTS
+            if i % 2:
+                first = round(share * (len(CONSONANTS) - NUM_NEAR))
+                names, others = OTHERS, CONSONANTS[first : first + NUM_NEAR]
+            angle = ANGLES[0] + share * (ANGLES[-1] - ANGLES[0])
+            length = rng.randint(SHORTEST, LONGEST)
             letters = [rng.choice(VOWELS if rng.random() < VOWEL_CHANCE else others) for _ in range(length)]
-            asked = f"{self._text(rng.uniform(ANGLES[0], ANGLES[-1]))};{prompt}" if i % 2 else prompt
-            rows.append({"prompt": asked, "completion": "".join(letters)})
+            rows.append({"prompt": f"{self._text(angle, names)};{prompt}", "completion": "".join(letters)})
         data = toys.write_rows(self.bench.folder / "direction-warm-up.jsonl", rows)
         settings = {"max_steps": 600, "batch_size": 64, "learning_rate": 3e-3}
         return self.bench.train("direction-warm-up", self._recipe(model, data, {"name": "sft"}, settings))
 
     def learn(self, rounds: int) -> Path:
         """The first rounds of three, rewards standardised by the moments of the start's answers."""
-        rows = [{"prompt": prompt} for prompt in self._prompts("rounds", NUM_PROMPTS * ROUNDS)]
+        prompts = self._prompts("rounds", NUM_PROMPTS * ROUNDS)
+        rows = [{"prompt": prompt} for prompt in prompts for _ in range(NUM_DIRECTIONS)]
         data = toys.write_rows(self.bench.folder / "direction.jsonl", rows)
         answers = [answer for angle in ANGLES for answer in self._answers(self.start, angle)]
         rewards = []
@@ -82,14 +94,14 @@ class DirectionTask:
             scores = reward(answers)
             moments = {"name": "whiten", "mean": fmean(scores), "std": pstdev(scores)}
             rewards.append({"name": f"{__name__}:{reward.__name__}", "transforms": [moments]})
-        algorithm = {"name": "raft", "rounds": rounds, "prompts_per_round": NUM_PROMPTS}
-        settings = {"max_steps": None, "epochs_per_round": 8, "batch_size": 16, "learning_rate": 1e-3}
+        algorithm = {"name": "raft", "rounds": rounds, "prompts_per_round": NUM_PROMPTS * NUM_DIRECTIONS}
+        settings = {"max_steps": None, "epochs_per_round": 1, "batch_size": 16, "learning_rate": 1e-3}
         recipe = self._recipe(self.start, data, algorithm, settings)
         recipe["data"][0]["operations"] = [OPERATION]
         recipe |= {
             "rewards": rewards,
             "combine": {"mode": "direction"},
-            "rollout": {"num_generations": 8, "max_completion_length": LONGEST + 1},
+            "rollout": {"num_generations": 8, "max_completion_length": MOST + 1},
         }
         return self.bench.train(f"direction-{rounds}", recipe)
 
@@ -100,12 +112,12 @@ class DirectionTask:
 
     def _answers(self, run: Path, angle: float) -> list[str]:
         prompts = [f"{self._text(angle)};{prompt}" for prompt in self._prompts("asked", NUM_ASKED)]
-        return self.bench.answers(run, prompts, max_tokens=LONGEST + 1)
+        return self.bench.answers(run, prompts, max_tokens=MOST + 1)
 
-    def _text(self, angle: float) -> str:
+    def _text(self, angle: float, names: Sequence[str] = OBJECTIVES) -> str:
         from alignkit.data.operations.direction import weights_text
 
-        return weights_text((cos(radians(angle)), sin(radians(angle))), OPERATION["objectives"])
+        return weights_text((cos(radians(angle)), sin(radians(angle))), names)
 
     def _prompts(self, purpose: str, count: int) -> list[str]:
         rng = generator(self.seed, "direction", f"{purpose} prompts")

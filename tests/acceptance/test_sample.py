@@ -6,9 +6,10 @@ from tests.acceptance.bench import Bench, methods, passes
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("acceptance")]  # one worker: the methods share the warm-up
 
-SAMPLE = ("sft", "dpo", "simpo", "kto", "rpo", "pro", "mah_dpo", "reward_augmented_dpo", "dr_grpo", "ppo", "raft")
-"""One of each kind: imitation, pairs, pairs without a reference, labels, a mixture, lists, heads, an operation; and of
-those that write for themselves: groups, a critic, selection."""
+OFFLINE = ("sft", "dpo", "simpo", "kto", "rpo", "pro", "mah_dpo", "reward_augmented_dpo")
+"""One of each kind: imitation, pairs, pairs without a reference, labels, a mixture, lists, heads, an operation."""
+ONLINE = ("dr_grpo", "ppo", "raft", "self_rewarding")
+"""Groups, a critic, selection, rounds."""
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +17,7 @@ def bench(tmp_path_factory) -> Bench:
     return Bench(tmp_path_factory.mktemp("acceptance"), seed=0)
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", [*OFFLINE, *ONLINE])
 def test_seed_zero_meets_every_bound(bench, name):
     figures = methods()[name](bench)
     failed = [f"{figure.name}: {figure.value:.3f}, bound {figure.bound}" for figure in figures if not passes([figure])]
