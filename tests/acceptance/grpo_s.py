@@ -135,9 +135,11 @@ def hard_digits(prompts: list[str], completions: list[str], **_: Any) -> list[fl
 
 @method("grpo_s")
 def measure(bench: Bench) -> list[Figure]:
-    """The card wants the policies trained under the judges too.
+    """The card wants the policies trained under the judges; its target of 0.8 there was never measured.
 
-    Judges saturate: whatever a policy first writes is equally bad to them, and the gain is reported without a bound.
+    With one perfect answer a prompt the best judge says only whether this is the demonstration: what has six of eight
+    right is worth as little as what has none, so there is nothing to climb, and the gain is reported without a bound.
+    Judges learned in turns with the policy, with planted wrong answers or with fewer steps do no better (0.3 in trials).
     """
     task = ScalingTask(bench)
     alpha = {"encoder": f"{__name__}:symbols"}
