@@ -139,7 +139,7 @@ def measure(bench: Bench) -> list[Figure]:
 
     With one perfect answer a prompt the best judge says only whether this is the demonstration: what has six of eight
     right is worth as little as what has none, so there is nothing to climb, and the gain is reported without a bound.
-    Judges learned in turns with the policy, with planted wrong answers or with fewer steps do no better (0.3 in trials).
+    Judges learned in turns with the policy, from planted wrong answers or in fewer steps do no better: 0.3 in trials.
     """
     task = ScalingTask(bench)
     alpha = {"encoder": f"{__name__}:symbols"}
