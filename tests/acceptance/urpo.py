@@ -11,10 +11,16 @@ from tests.acceptance.bench import Bench, Figure, method
 from tests.acceptance.judge_task import NUM_WARM_UP, JudgeTask
 
 KNOWN, HIDDEN = digits[:5], digits[5:]
-NUM_PROMPTS, UPDATES = 112, 150
-"""Prompts of an update: a seventh verifiable, a seventh open, the others questions about two answers; updates."""
-NUM_ROWS, NUM_SAMPLES = 2_400, 100
-"""Rows of verifiable and of open prompts, and a fifth of those of pairs; samples a digit."""
+ROUNDS, STEPS, NUM_SAMPLES = 120, 4, 100
+"""Rounds of writing, optimizer steps in each; samples a digit."""
+NUM_PROMPTS = {"verifiable": 8, "open": 8, "preference": 208}
+"""Prompts of a round. A verdict is one token and needs many questions, none asked twice, to be learned as a rule."""
+WEIGHTS = {"verifiable": 1, "open": 2}
+"""What the advantages of a task are multiplied by."""
+MARGIN = 2
+"""Symbols between the answers of a pair to learn from; those it is measured on may lie one apart."""
+MIN_STD = 0.1
+"""Spread of rewards below which a group teaches nothing, since a judge's noise would count as much as a difference."""
 
 
 class RefereeTask(JudgeTask):
@@ -22,7 +28,7 @@ class RefereeTask(JudgeTask):
     by heart gives the same verdict eight times, and equal rewards teach nothing."""
 
     @cached_property
-    def start(self) -> Path:  # type: ignore[override]
+    def start(self) -> Path:
         """SFT of the base on the answers of T2 and, as often, on verdicts on other pairs each time: 350 steps."""
         answers = toys.count_warm_up(self.seed, NUM_WARM_UP)
         verdicts = toys.judge_rows(toys.judge_pairs(self.seed, "examples", NUM_WARM_UP // 2))
@@ -33,10 +39,11 @@ class RefereeTask(JudgeTask):
     def learn(self, name: str, *, preference: bool = True) -> Path:
         """The run on all three tasks, or on the other two; open prompts wait for nothing, since the start can judge."""
         form = {"template": self.judge["args"]["template"]}
-        pairs = toys.judge_pairs(self.seed, "preference", 5 * NUM_ROWS, KNOWN) if preference else []
+        num = {kind: ROUNDS * count for kind, count in NUM_PROMPTS.items() if preference or kind != "preference"}
+        pairs = toys.judge_pairs(self.seed, "preference", num.get("preference", 0), KNOWN, margin=MARGIN)
         entries: list[tuple[str, toys.Rows | list[dict[str, Any]], dict[str, Any]]] = [
-            ("verifiable", [{"prompt": KNOWN[i % len(KNOWN)]} for i in range(NUM_ROWS)], {}),
-            ("open", [{"prompt": HIDDEN[i % len(HIDDEN)]} for i in range(NUM_ROWS)], {}),
+            ("verifiable", [{"prompt": KNOWN[i % len(KNOWN)]} for i in range(num["verifiable"])], {}),
+            ("open", [{"prompt": HIDDEN[i % len(HIDDEN)]} for i in range(num["open"])], {}),
             ("preference", pairs, {"operations": [{"name": "referee", **form}]}),
         ]
         data = []
@@ -44,11 +51,18 @@ class RefereeTask(JudgeTask):
             if rows:
                 path = toys.write_rows(self.bench.folder / f"{name}-{kind}.jsonl", rows)
                 data.append({"path": str(path), "fields": {"task": f"={kind}"}, **keys})
-        prompts = NUM_PROMPTS if preference else 2 * NUM_PROMPTS // 7
+        prompts = sum(num.values()) // ROUNDS
         recipe: dict[str, Any] = {
             "model": {"name_or_path": str(self.start), "dtype": "float32"},
             "data": data,
-            "algorithm": {"name": "urpo", "min_referee_acc": 0, "ramp_steps": 0},
+            "algorithm": {
+                "name": "urpo",
+                "min_referee_acc": 0,
+                "ramp_steps": 0,
+                "task_weights": WEIGHTS,
+                "min_std": MIN_STD,
+                "prompts_per_round": prompts,
+            },
             "rewards": [
                 {"name": f"{online.__name__}:count", "when": "verifiable"},
                 {"name": "referee_rank", "when": "preference", "args": form},
@@ -57,10 +71,10 @@ class RefereeTask(JudgeTask):
             "combine": {"route": "task"},
             "rollout": {"num_generations": online.NUM_GENERATIONS, "max_completion_length": online.LONGEST},
             "train": {
-                "max_steps": UPDATES,
-                "batch_size": prompts * online.NUM_GENERATIONS,
+                "max_steps": ROUNDS * STEPS,
+                "batch_size": prompts * online.NUM_GENERATIONS // STEPS,
                 "learning_rate": 1e-3,
-                "lr_scheduler": "constant",
+                "lr_scheduler": "linear",
                 "max_length": 64,
                 "save_steps": 0,
                 "logging_steps": 1,
