@@ -188,4 +188,5 @@ def cream_loss(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, agreed: Tensor, beta: float
 ) -> Tensor:
     """[U] nats each and C [U] → [U]. Source: arXiv 2410.12735, eq. 8."""
-    return ops.logistic_pair(beta * ((chosen - rejected) - (ref_chosen - ref_rejected)), 1 - agreed)
+    # In the order in which dpo subtracts: with C = 1 it is dpo to the last bit.
+    return ops.logistic_pair(beta * ((chosen - ref_chosen) - (rejected - ref_rejected)), 1 - agreed)

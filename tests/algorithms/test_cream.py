@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from alignkit import testing
 from alignkit.algorithms.cream import CREAM, CREAMConfig, consistency, cream_loss
-from alignkit.core import Completion, DataError, Group, RecipeError
+from alignkit.algorithms.dpo import DPO, DPOConfig
+from alignkit.core import Completion, DataError, Forward, Group, RecipeError
 from alignkit.core.config import CombineConfig
 from alignkit.core.contracts import RolloutFacts
 from alignkit.core.types import Score
@@ -191,6 +192,17 @@ def test_what_cannot_be_is_refused():
     assert len(cream(fixed_consistency=1.0).build([alone])) == 1
     with pytest.raises(ValidationError, match="give prompts_per_round"):
         CREAMConfig(name="cream", rounds=None)
+
+
+def test_with_certain_labels_it_is_dpo_to_the_last_bit():
+    logps = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)) * 30
+    _, out, batch = sums_batch(*logps.double().tolist())
+    out, batch = Forward(out.logps.float()), batch.with_columns({"reference.logps": batch["reference.logps"].float()})
+    dpo = DPO(DPOConfig(name="dpo"))
+    expected = dpo.loss(out, dpo.annotate(batch, ALONE))[0]["sigmoid"].value
+    batch = batch.with_columns({"consistency": torch.ones(2000)})
+    certain = cream(method="dynamic")
+    assert torch.equal(certain.loss(out, certain.annotate(batch, ALONE))[0]["policy"].value, expected)
 
 
 def test_with_certain_labels_it_is_self_rewarding(tmp_path):
