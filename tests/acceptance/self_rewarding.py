@@ -38,7 +38,7 @@ def by_round(task: JudgeTask, run: Path, name: str = "rewards/count/mean") -> li
 @method("self_rewarding")
 def measure(bench: Bench) -> list[Figure]:
     task = JudgeTask(bench)
-    own = learn(task, "self-rewarding", [task.judge])
+    own = learn(task, "self-rewarding", [task.judge], learning_rate=4e-4)  # what so weak a judge says is learned slowly
     oracle = learn(task, "self-rewarding-oracle", [{"name": "tests.acceptance.online:count", "label": "oracle"}])
     guessed = learn(task, "self-rewarding-guess", [{"name": f"{__name__}:guess"}])
     start, curve = task.reward(task.start), by_round(task, own)
