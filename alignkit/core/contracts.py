@@ -134,8 +134,9 @@ class Heads:
         return self.kind == "language"
 
 
-def _cannot(text: str) -> list[int]:
-    raise NotImplementedError(f"these facts come without a tokenizer, so {text!r} has no tokens")
+def _without_tokenizer(text: str) -> list[int]:
+    """In place of a tokenizer where facts are made by hand, as tests do of methods that write no prompts."""
+    raise ValueError(f"these facts come without a tokenizer, so {text!r} has no tokens; give `render` and `encode`")
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,8 @@ class RolloutFacts:
     weights: Mapping[str, float]
     combine: CombineConfig
     max_length: int = 0
-    render: Callable[[str], list[int]] = _cannot
-    encode: Callable[[str], list[int]] = _cannot
+    render: Callable[[str], list[int]] = _without_tokenizer
+    encode: Callable[[str], list[int]] = _without_tokenizer
 
 
 class Algorithm(ABC, Generic[ConfigT]):

@@ -135,10 +135,10 @@ def hard_digits(prompts: list[str], completions: list[str], **_: Any) -> list[fl
 
 @method("grpo_s")
 def measure(bench: Bench) -> list[Figure]:
-    """The card wants the policies trained under the judges; its target of 0.8 there was never measured.
+    """Policies are trained under the true reward, and one under the judges, which misses its bound.
 
     With one perfect answer a prompt the best judge says only whether this is the demonstration: what has six of eight
-    right is worth as little as what has none, so there is nothing to climb, and the gain is reported without a bound.
+    right is worth as little as what has none, so there is nothing to climb.
     Judges learned in turns with the policy, from planted wrong answers or in fewer steps do no better: 0.3 in trials.
     """
     task = ScalingTask(bench)
@@ -180,7 +180,11 @@ def measure(bench: Bench) -> list[Figure]:
             for name in CATEGORIES
         ),
         Figure("T2: share of losses that are grpo's where α = 1", same / NUM_UPDATES, at_least=1),
-        Figure("T2: true reward under the judges", around(runs["judged"], NUM_UPDATES, "rewards/every_digit/mean")),
+        Figure(
+            "T2: true reward under the judges",
+            around(runs["judged"], NUM_UPDATES, "rewards/every_digit/mean"),
+            at_least=0.80,
+        ),
     ]
 
 
