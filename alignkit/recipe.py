@@ -39,6 +39,7 @@ from alignkit.core.registry import load_module, load_object, register
 from alignkit.core.types import Completion, Group
 from alignkit.data.config import DataConfig
 from alignkit.data.operations import OperationConfig, find_operation
+from alignkit.dist.config import DistConfig
 from alignkit.files import note_missing_files
 from alignkit.loop.config import DriftConfig, EvalConfig, TrainConfig
 from alignkit.models.config import ModelConfig, RosterModelConfig
@@ -85,6 +86,7 @@ class Recipe(Config):
     rewards: list[RewardConfig] = Field([], description="what scores the completions of every round")
     combine: CombineConfig = CombineConfig()
     rollout: RolloutConfig = RolloutConfig()
+    dist: DistConfig = DistConfig()
     imports: list[str] = Field([], description="modules of yours to import first, so that they can register")
     env: dict[str, str] = Field({}, description="environment variables to set before anything is imported")
 
