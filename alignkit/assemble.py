@@ -50,7 +50,7 @@ from alignkit.models.load import (
 from alignkit.models.merged import save_merged
 from alignkit.models.policy import CausalPolicy
 from alignkit.models.roster import OLD
-from alignkit.recipe import Recipe, prompts_per_round, recipe_rewards
+from alignkit.recipe import Recipe, prompts_per_round, recipe_rewards, refuse_quantized
 from alignkit.rewards.pipeline import build_sources, check_columns, reward_metrics, reward_name, score_groups
 from alignkit.rollout.config import SamplingConfig
 from alignkit.rollout.given import GivenCompletions
@@ -87,14 +87,15 @@ class Assembled:
             return
         rounds = min(progress.total_rounds, ceil(progress.total_steps / self.trainer.config.epochs_per_round))
         units: list[Unit] = algorithm.build([*self.trainer.rollouts.stream.preview(rounds), *self.held_out])
-        self.trainer.roster.precompute(
-            units,
-            algorithm.needs.columns,
-            progress=lambda text: console.print(text, markup=False),
-            bar=lambda chunks, title: track(
-                chunks, title, console=console, transient=True, disable=not console.is_terminal
-            ),
-        )
+        with self.trainer.dist.whole(self.trainer.roster.precomputes):
+            self.trainer.roster.precompute(
+                units,
+                algorithm.needs.columns,
+                progress=lambda text: console.print(text, markup=False),
+                bar=lambda chunks, title: track(
+                    chunks, title, console=console, transient=True, disable=not console.is_terminal
+                ),
+            )
 
     def close(self) -> None:
         """Close every file and sink, and the engine's."""
@@ -114,6 +115,10 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
         RunFailed: the model's weights are broken.
     """
     folder = Path(recipe.output_dir)
+    try:
+        refuse_quantized(recipe.model, dist.backend.name)  # which `auto` left to the launcher
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     torch.manual_seed(key(recipe.seed, "start"))
     algorithm = build_algorithm(recipe)
     needs = algorithm.needs
@@ -165,14 +170,16 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
     progress = plan_progress(recipe, stream, algorithm)
     scorers = _Scorers(recipe, algorithm)
     roster, models = build_models(recipe, policy, algorithm, renderer, sample, scorers.models, lambda: progress.version)
-    optimizer = build_optimizer(policy.parameters(), recipe.train, policy.critic_parameters())
-    policy.module = dist.prepare(policy.module, optimizer)
+    policy.prepare(
+        lambda: build_optimizer(policy.parameters(), recipe.train, policy.critic_parameters()),
+        recipe.train.max_grad_norm,
+    )
     names = ["metrics.jsonl", "samples.jsonl", *(["rounds.jsonl"] if _is_iterative(recipe) else [])]
     files = [JsonlSink(folder / name) for name in names] if dist.is_main else []
     sinks = make_sinks(recipe.track, folder, console, quiet=console.quiet) if dist.is_main else []
     scored = [*groups, *labels]
     rollouts = _rollouts(recipe, algorithm, stream, policy, renderer, scored, files, console, scorers, models)
-    scheduler = build_scheduler(optimizer, recipe.train, progress.total_steps)
+    scheduler = build_scheduler(dist.optimizer, recipe.train, progress.total_steps)
     tracker = Tracker(files[0] if files else None, sinks, recipe.train.logging_steps, algorithm.derive)
     watch = RoundWatch()
     if _is_iterative(recipe):
@@ -185,7 +192,6 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
         folder=folder,
         algorithm=algorithm,
         policy=policy,
-        optimizer=optimizer,
         scheduler=scheduler,
         dist=dist,
         rollouts=rollouts,

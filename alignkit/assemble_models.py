@@ -102,7 +102,9 @@ def _renderer(model: ModelConfig, path: str) -> Callable[[], Renderer]:
 
 
 def _frozen(model: ModelConfig, path: str) -> ModelConfig:
-    return model.model_copy(update={"name_or_path": path, "lora": None, "gradient_checkpointing": False})
+    return model.model_copy(
+        update={"name_or_path": path, "lora": None, "quantization": None, "gradient_checkpointing": False}
+    )
 
 
 def _cache(model: ModelConfig, config: RosterModelConfig, policy: CausalPolicy) -> LogpsCache:

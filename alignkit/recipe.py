@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, PrivateAttr, SerializeAsAny, field_validator
+from pydantic import Field, PrivateAttr, SerializeAsAny, field_validator, model_validator
 
 from alignkit.advice import advise, key_homes
 from alignkit.core.config import AlgorithmConfig, CombineConfig, Config, IterativeConfig, OnlineConfig
@@ -39,7 +39,7 @@ from alignkit.core.registry import load_module, load_object, register
 from alignkit.core.types import Completion, Group
 from alignkit.data.config import DataConfig
 from alignkit.data.operations import OperationConfig, find_operation
-from alignkit.dist.config import DistConfig
+from alignkit.dist.config import WHOLE_SHARDED, DistConfig
 from alignkit.files import note_missing_files
 from alignkit.loop.config import DriftConfig, EvalConfig, TrainConfig
 from alignkit.models.config import ModelConfig, RosterModelConfig
@@ -100,10 +100,24 @@ class Recipe(Config):
         entry = find_algorithm(value["name"])
         return config_type(entry).model_validate({**entry.preset, **value})
 
+    @model_validator(mode="after")
+    def _spreads_what_can_be_spread(self) -> Recipe:
+        refuse_quantized(self.model, self.dist.backend)
+        return self
+
     @property
     def origin(self) -> Origin:
         """Where its keys were written, for messages."""
         return self._origin
+
+
+def refuse_quantized(model: ModelConfig, backend: str) -> None:
+    """Quantized weights cannot be cut into parts. Raises ValueError where the backend would."""
+    if model.quantization is not None and backend in WHOLE_SHARDED:
+        raise ValueError(
+            f"model.quantization: {model.quantization} and dist.backend: {backend} exclude each other: quantized "
+            "weights are not cut into parts. They are small: take zero2, which spreads gradients and optimizer state"
+        )
 
 
 def find_algorithm(name: str) -> Registered:
@@ -368,10 +382,14 @@ def recipe_rewards(recipe: Recipe) -> list[RewardConfig]:
     return [RewardConfig(name=name) for name in method.needs.sources]
 
 
-def units_per_prompt(recipe: Recipe, method: Algorithm[Any]) -> int:
-    """Units that an online method makes of the completions of a prompt, at most."""
-    blank = Group(id="", messages=[], prompt=[], completions=[Completion("", [])] * recipe.rollout.num_generations)
-    return max(1, method.count_units(blank))
+def units_per_prompt(recipe: Recipe, method: Algorithm[Any], *, answered: bool = True) -> int:
+    """Units that an online method makes of the completions of a prompt, at most.
+
+    `answered`: the data has a pair of answers to it, which methods that ask for them (`needs.given`) learn from too.
+    """
+    given = [Completion("", [], reward=1.0), Completion("", [], reward=0.0)] if method.needs.given and answered else []
+    written = [Completion("", [])] * recipe.rollout.num_generations
+    return max(1, method.count_units(Group(id="", messages=[], prompt=[], completions=[*written, *given])))
 
 
 def prompts_per_round(recipe: Recipe, method: Algorithm[Any], num_prompts: int) -> int:

@@ -27,6 +27,7 @@ from alignkit.data.groups import load_groups
 from alignkit.data.operations import build_operation
 from alignkit.data.shapes import BadRow, Example
 from alignkit.dist.engine import DistEngine, launched_rank
+from alignkit.dist.launcher import adopt_launcher, is_lost_peer
 from alignkit.loop.checkpoint import disk_problem, find_fault, is_disk_problem
 from alignkit.models.heads import detached, head_names, mixed
 from alignkit.models.load import DTYPES, load_renderer, load_writer
@@ -81,25 +82,37 @@ def train(
         DataError: the data is missing or unusable.
         RunFailed, Interrupted, EnvironmentProblem: see `alignkit.core.errors`.
     """
+    adopt_launcher()
     folder = Path(recipe.output_dir)
     console = Console(quiet=quiet or launched_rank() > 0, highlight=False, soft_wrap=True)
     resume = _claim_folder(folder, recipe, resume, overwrite)
-    dist = DistEngine(DTYPES[recipe.model.dtype], patience=2 * recipe.rollout.deadline)
+    dist = DistEngine(DTYPES[recipe.model.dtype], patience=2 * recipe.rollout.deadline, config=recipe.dist)
     try:
         return _train(recipe, folder, dist, console, resume, report)
     except (OSError, SafetensorError) as error:
         if not is_disk_problem(error):
             raise
         raise disk_problem(folder, error) from error
+    except RuntimeError as error:
+        if dist.world.size == 1 or not is_lost_peer(error):
+            raise
+        raise RunFailed(
+            f"another process of this run is gone, or cannot be reached: {str(error).partition('. ')[0]}. Its own "
+            f"words say why; continue from the newest checkpoint with `alignkit resume {folder}`."
+        ) from error
     finally:
         dist.release()
 
 
 def resume(run_dir: str | Path, *, quiet: bool = False, report: bool = True) -> RunResult:
     """Continue a run from its newest valid checkpoint, or from the start if it has none yet."""
+    return train(recipe_of(run_dir), resume=True, quiet=quiet, report=report)
+
+
+def recipe_of(run_dir: str | Path) -> Recipe:
+    """The recipe of a run folder, which may have been moved. Raises RecipeError where it is none."""
     folder = Path(run_dir)
-    recipe = _recipe_of(folder).model_copy(update={"output_dir": str(folder)})
-    return train(recipe, resume=True, quiet=quiet, report=report)
+    return _recipe_of(folder).model_copy(update={"output_dir": str(folder)})
 
 
 def _train(recipe: Recipe, folder: Path, dist: DistEngine, console: Console, resuming: bool, report: bool) -> RunResult:
@@ -214,7 +227,13 @@ def export(
     if head_weights is not None and not names:
         raise RecipeError(f"{folder} holds a model with one output layer, so there are no heads to weigh")
     config = recipe.model.model_copy(
-        update={"name_or_path": str(weights), "chat_template": None, "gradient_checkpointing": False, "lora": None}
+        update={
+            "name_or_path": str(weights),
+            "chat_template": None,
+            "gradient_checkpointing": False,
+            "lora": None,
+            "quantization": None,
+        }
     )
     model, renderer = load_writer(config, weights), load_renderer(config)
     temporary = target.with_name(f".writing-{target.name}")
@@ -279,7 +298,10 @@ def _claim_folder(folder: Path, recipe: Recipe, resuming: bool, overwrite: bool)
 
 def _refuse_changes(before: Recipe, now: Recipe) -> None:
     old, new = (_dotted(r.model_dump(mode="json", by_alias=True)) for r in (before, now))
-    changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k) and k != "output_dir"]
+    # How processes share a run is no part of what it is.
+    changed = [
+        k for k in sorted({*old, *new}) if old.get(k) != new.get(k) and k != "output_dir" and not k.startswith("dist.")
+    ]
     if changed:
         lines = [f"  {k}: {old.get(k)!r} → {new.get(k)!r}" for k in changed]
         raise RecipeError(
@@ -311,8 +333,16 @@ def _restore(run: Assembled, folder: Path, console: Console, resuming: bool) -> 
             "unbroken run's",
             markup=False,
         )
+    if (before := trainer.checkpoints.ranks(path)) != trainer.dist.world.size:
+        console.print(
+            f"{path} was written by {before} processes, and this run has {trainer.dist.world.size}: it goes on with "
+            "the same weights, optimizer state and data order, but not to the same bits as an unbroken run; what was left "
+            "of the round in hand is passed over",
+            markup=False,
+        )
     trainer.checkpoints.load(path, *trainer.parts())
-    trainer.policy.load(path)
+    with trainer.dist.whole(write=True):
+        trainer.policy.load(path)
     trainer.checkpoints.drop_after(trainer.progress.step)
     console.print(f"continuing from {path}", markup=False)
 
@@ -351,6 +381,7 @@ def _write_facts(recipe: Recipe, folder: Path, run: Assembled, world_size: int) 
         "packages": _versions(),
         "platform": platform.platform(),
         "world_size": world_size,
+        "backend": run.trainer.dist.backend.name,
         "seed": recipe.seed,
         "recipe_sha256": hashlib.sha256(dump_recipe(recipe).encode()).hexdigest(),
         "data_sha256": _data_sha256([*run.groups, *run.held_out, *run.labels]),
@@ -457,15 +488,17 @@ def _run_id(folder: Path) -> str:
 
 def _headline(recipe: Recipe, run: Assembled) -> str:
     trainer = run.trainer
-    trained = sum(p.numel() for p in trainer.policy.parameters())
-    models = [model for model in (trainer.policy.bare, trainer.policy.critic) if model is not None]
-    total = sum(p.numel() for model in models for p in model.parameters())
     return (
         f"{recipe.algorithm.name}: {len(run.groups)} groups, {trainer.progress.total_steps} steps of "
-        f"{recipe.train.batch_size} units on {trainer.dist.world.size} process(es); training {trained:,} of {total:,} "
-        f"weights in {recipe.model.dtype}; run folder {trainer.folder}\n"
+        f"{recipe.train.batch_size} units on {_processes(trainer.dist)}; training {trainer.policy.num_trained:,} of "
+        f"{trainer.policy.num_weights:,} weights in {recipe.model.dtype}; run folder {trainer.folder}\n"
         f"computed with {trainer.policy.path}"
     )
+
+
+def _processes(dist: DistEngine) -> str:
+    size = dist.world.size
+    return "1 process" if size == 1 else f"{size} processes ({dist.backend.name})"
 
 
 def _finish(recipe: Recipe, folder: Path, run: Assembled, console: Console, with_report: bool) -> RunResult:
@@ -473,10 +506,12 @@ def _finish(recipe: Recipe, folder: Path, run: Assembled, console: Console, with
     metrics: dict[str, float] = {}
     report: Path | None = None
     best: dict[str, Any] | None = None
+    with trainer.dist.whole():
+        if trainer.dist.is_main:
+            # In the dtype the recipe computes in; checkpoints keep the float32 that training goes on from.
+            _export(run, folder, DTYPES[recipe.model.dtype])
+            best = _export_best(recipe, folder, run)
     if trainer.dist.is_main:
-        # In the dtype the recipe computes in; checkpoints keep the float32 that training goes on from.
-        _export(run, folder, DTYPES[recipe.model.dtype])
-        best = _export_best(recipe, folder, run)
         for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             metrics |= json.loads(line)
         write_card(

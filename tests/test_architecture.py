@@ -24,7 +24,7 @@ HEAVY = ("torch", "transformers", "datasets", "trl", "peft", "accelerate", "wand
 
 NAMED_BY = {
     "trl": ("_compat.py",),
-    "accelerate": ("dist/",),
+    "accelerate": (),
     "deepspeed": ("dist/",),
     "torch.distributed": ("dist/",),
     "wandb": ("track/",),

@@ -20,9 +20,12 @@ class DistConfig(Config):
     backend: Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp2"] = Field(
         "auto",
         description="what is spread over the processes: ddp = the rows; zero1 = the optimizer's state too; zero2 = the "
-        "gradients too; zero3 and fsdp2 = the weights too; auto = what `accelerate launch` was configured for, else ddp",
+        "gradients too; zero3 and fsdp2 = the weights too; auto = what `accelerate launch` was configured for, or "
+        "else ddp",
     )
-    world_size: int | None = Field(None, ge=1, description="processes the run must have; null = as many as are launched")
+    world_size: int | None = Field(
+        None, ge=1, description="processes the run must have; null = as many as are launched"
+    )
     offload_optimizer: bool = Field(
         False, description="keep the optimizer's state in the host's memory; every backend but ddp"
     )

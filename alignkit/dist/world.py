@@ -72,13 +72,11 @@ def masked_mean(world: AnyWorld, x: Tensor, over: Tensor) -> Tensor:
     return (total / count.clamp(min=1)).to(x.dtype)
 
 
-def check_world(size: int) -> None:
-    """Compare the world that runs with the one that was launched.
-
-    On CPU accelerate can silently run every process alone, or start only one: each trains by itself and none says so.
+def check_world(asked: int | None) -> None:
+    """Compare the processes that were launched with those the recipe asks for, before they meet.
 
     Raises:
-        EnvironmentProblem: the sizes differ.
+        EnvironmentProblem: the launcher started fewer than it was told to, or others than the recipe asks for.
     """
     # Asked for several processes of type MULTI_CPU, `accelerate launch` gives one process an address to meet others at.
     lonely = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ
@@ -89,9 +87,32 @@ def check_world(size: int) -> None:
             "config that has `distributed_type: MULTI_GPU` and `use_cpu: true`; for one process, unset MASTER_ADDR."
         )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != size:
+    if asked is not None and launched != asked:
         raise EnvironmentProblem(
-            f"{launched} processes were launched (WORLD_SIZE) but this run sees {size}. On CPU, launch with torchrun or "
-            "an accelerate config that has `distributed_type: MULTI_GPU` and `use_cpu: true`; with MULTI_CPU accelerate "
-            "starts a single process."
+            f"the recipe asks for {asked} processes (dist.world_size), and {launched} were launched. Launch {asked}, "
+            "or leave dist.world_size out: results do not depend on it."
         )
+
+
+def launched_backend() -> str | None:
+    """The backend that `accelerate launch` was configured for; None = none in particular.
+
+    Raises:
+        EnvironmentProblem: it was configured for one that alignkit does not have.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes"):
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+        if stage in ("1", "2", "3"):
+            return f"zero{stage}"
+        raise EnvironmentProblem(
+            f"`accelerate launch` was configured for DeepSpeed with zero_stage {stage or 'unset'}; expected 1, 2 or 3. "
+            "A DeepSpeed JSON file is not read: the recipe's `dist` block says what it says."
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes"):
+        if os.environ.get("FSDP_VERSION") == "2":
+            return "fsdp2"
+        raise EnvironmentProblem(
+            f"`accelerate launch` was configured for FSDP of version {os.environ.get('FSDP_VERSION', '1')}; set "
+            "`fsdp_version: 2` in its config"
+        )
+    return None

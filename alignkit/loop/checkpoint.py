@@ -14,9 +14,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,6 +26,19 @@ from alignkit.core.errors import EnvironmentProblem, RunFailed
 from alignkit.dist.world import AnyWorld
 
 MANIFEST = "manifest.json"
+
+
+@runtime_checkable
+class Regrouped(Stateful, Protocol):
+    """State of which every rank has a part, and that another number of ranks can take up."""
+
+    def needs_all(self, state: dict[str, Any]) -> bool:
+        """Whether this rank needs more than the part it wrote, although as many ranks run now."""
+        ...
+
+    def load_parts(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on from the parts of all ranks that wrote, in their order."""
+        ...
 
 
 class Checkpoints:
@@ -84,6 +97,10 @@ class Checkpoints:
         """Where the checkpoint of this step is, or would be."""
         return self._folder / f"checkpoint-{step}"
 
+    def ranks(self, path: Path) -> int:
+        """How many processes wrote a checkpoint."""
+        return len(list(path.glob("rank-*")))
+
     def steps(self) -> list[int]:
         """Steps of all checkpoints, valid or not, newest first."""
         found = [p.name.removeprefix("checkpoint-") for p in self._folder.glob("checkpoint-*")]
@@ -126,24 +143,23 @@ class Checkpoints:
         self._world.barrier()
 
     def load(self, path: Path, shared: Mapping[str, Stateful], local: Mapping[str, Stateful]) -> None:
-        """Restore every part.
+        """Restore every part; those that each rank has its own of from what all ranks wrote, where it takes that.
 
         Raises:
-            RunFailed: the checkpoint is of another number of processes, or of a version that kept other state.
+            RunFailed: the checkpoint is of a version that kept other state.
         """
-        ranks = len(list(path.glob("rank-*")))
-        if ranks != self._world.size:
-            raise RunFailed(
-                f"{path} was written by {ranks} processes, this run has {self._world.size}. Bit-exact resume needs the "
-                f"same number: launch {ranks}."
-            )
-        mine = path / f"rank-{self._world.rank}"
-        for name, part, folder in [
-            *((name, part, path) for name, part in shared.items()),
-            *((name, part, mine) for name, part in local.items()),
-        ]:
+        size, ranks = self._world.size, self.ranks(path)
+        for name, part in {**shared, **local}.items():
             try:
-                part.load_state_dict(read_state(folder, name))
+                if name in shared:
+                    part.load_state_dict(read_state(path, name))
+                    continue
+                state = read_state(path / f"rank-{self._world.rank % ranks}", name)
+                if size == ranks and not (isinstance(part, Regrouped) and part.needs_all(state)):
+                    part.load_state_dict(state)
+                else:
+                    assert isinstance(part, Regrouped), name
+                    part.load_parts([read_state(path / f"rank-{rank}", name) for rank in range(ranks)])
             except (KeyError, FileNotFoundError) as error:
                 raise RunFailed(
                     f"{path}: its part {name!r} lacks {error}: another version of alignkit, or of your algorithm, "

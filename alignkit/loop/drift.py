@@ -38,6 +38,8 @@ class RoundWatch:
 
     ended = False
     """Whether a rule ended the run."""
+    rolls_back = False
+    """Whether it may give the policy weights that it had before."""
 
     def admit(self, index: int, groups: Sequence[Group], units: list[Unit], news: Totals) -> list[Unit]:
         """This rank's units of a scored round that are to be learned from; `news` gains what is logged of the round."""
@@ -77,7 +79,7 @@ class Drift(RoundWatch):
         self._progress, self._scheduler, self._track, self._file = progress, scheduler, track, file
         self._world = rollouts.world
         self._has_labels, self._labels = bool(labels), list(labels)[self._world.rank :: self._world.size]
-        self._keeps_weights = any(rule.action == "rollback" for rule in config.rules)
+        self.rolls_back = any(rule.action == "rollback" for rule in config.rules)
         self._rounds: list[dict[str, float]] = []
         self._verdicts: dict[str, float] = {}
         self._began: dict[str, torch.Tensor] | None = None
@@ -103,7 +105,7 @@ class Drift(RoundWatch):
         self._write(index, groups, units, known, fired)
         self._rounds.append(known)
         self._verdicts = verdicts
-        began, self._began = self._began, self._policy.weights() if self._keeps_weights else None
+        began, self._began = self._began, self._policy.weights() if self.rolls_back else None
         for line in fired:
             self._rollouts.say(f"drift, round {index} after step {self._progress.version}: {told(line)}")
             if line["action"] == "damp":

@@ -70,7 +70,7 @@ class Evaluator:
         self.last_step = step
         if not self._groups:
             return {}
-        with self._policy.evaluating():
+        with self._dist.whole(), self._policy.evaluating():
             totals = {} if self._algorithm.needs.rewards else self._held_out()
             record = {f"eval_{name}": value for name, value in self._algorithm.derive(values(totals)).items()}
             if self._config.num_samples:

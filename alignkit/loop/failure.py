@@ -5,10 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from alignkit.core.errors import RunFailed
 from alignkit.core.types import Batch
 from alignkit.data.collate import select_units
 from alignkit.loop.checkpoint import write_state
+
+if TYPE_CHECKING:
+    from alignkit.loop.trainer import Trainer
+
+
+def nonfinite(trainer: Trainer, part: list[int], found: dict[str, float]) -> RunFailed:
+    """Before the step: dump the batch, keep a loadable checkpoint, say what broke. Every rank calls it."""
+    step, batch, world = trainer.progress.step + 1, trainer.round.batch, trainer.dist.world
+    assert batch is not None
+    with trainer.dist.whole():
+        broken = trainer.policy.broken_weights()
+    groups = [group for ids in world.gather([trainer.round.groups[i] for i in part]) for group in ids]
+    dump = dump_batch(trainer.folder / "debug" / f"step-{step}", batch, part, groups, found, world.rank)
+    checkpoints = trainer.checkpoints
+    if not broken or not checkpoints.steps():  # broken weights must not push out the last good ones
+        trainer.save()
+    return RunFailed(nonfinite_message(step, found, groups, broken, dump, checkpoints.path(checkpoints.steps()[0])))
 
 
 def dump_batch(

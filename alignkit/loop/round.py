@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from alignkit.core.contracts import World
@@ -126,6 +126,15 @@ class Round:
         self._news = {name: Metric(*fields) for name, fields in state["news"].items()}
         saved = state["batch"]
         self.batch = None if saved is None else Batch(saved["inputs"], saved["columns"], saved["k"])
+
+    def needs_all(self, state: dict[str, Any]) -> bool:
+        """Never: a rank's units are its own."""
+        del state
+        return False
+
+    def load_parts(self, states: Sequence[dict[str, Any]]) -> None:
+        """Other ranks would share the round out anew: what is left of it is passed over."""
+        self.index, self.batch, self._parts, self._cursor = states[0]["index"], None, [], 0
 
 
 def blank_like(units: list[Unit], world: World) -> Unit:

@@ -26,7 +26,7 @@ from alignkit.loop.checkpoint import Checkpoints
 from alignkit.loop.config import TrainConfig
 from alignkit.loop.drift import RoundWatch
 from alignkit.loop.evaluate import Evaluator
-from alignkit.loop.failure import dump_batch, nonfinite_message
+from alignkit.loop.failure import nonfinite
 from alignkit.loop.micros import at_present, micros
 from alignkit.loop.reduction import combine, common_metrics, drop_single_term, global_counts
 from alignkit.loop.rollouts import Rollouts
@@ -51,7 +51,6 @@ class Trainer:
     folder: Path
     algorithm: Algorithm[Any]
     policy: CausalPolicy
-    optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     dist: DistEngine
     rollouts: Rollouts
@@ -74,23 +73,15 @@ class Trainer:
             Interrupted: stopped by a signal; a checkpoint of the last step is on disk.
             RunFailed: a loss or gradient is not finite, or a step-0 truth does not hold.
         """
-        algorithm, needs, world = self.algorithm, self.algorithm.needs, self.dist.world
         self.policy.module.train()
         with self.stop:
             if self.progress.step == 0:
                 self.evaluate()
             for index in self.progress.rounds():
                 if self.round.index != index:
-                    groups, news = self.rollouts.collect(self.progress.version)
-                    units = self.watch.admit(index, groups, algorithm.build(groups), news)
-                    self.roster.refresh(self.progress.version)
-                    if not any(world.gather(len(units))):
-                        continue
-                    batch = self.roster.fill(collate(units, blank_like(units, world)), needs.columns, needs.slots)
-                    batch = algorithm.annotate(batch, world)
-                    self.round.begin(index, batch, units, self.rollouts.places, world, news)
-                    if self.progress.step == 0 and self.config.step0_checks:
-                        check_rows(self.policy, units, self.dist.dtype)
+                    asked = self.roster.asks_policy(self.algorithm.needs) or self.progress.step == 0
+                    with self.dist.whole(asked, write=self.watch.rolls_back):
+                        self.begin(index)
                 while (part := self.round.part()) is not None and self.progress.step < self.progress.total_steps:
                     self.update(part)
                     self.due()
@@ -100,11 +91,25 @@ class Trainer:
             self.evaluate()
             self.save()
 
+    def begin(self, index: int) -> None:
+        """Take the next round, unless nobody got anything: completions, scores, units, columns, annotations."""
+        algorithm, needs, world = self.algorithm, self.algorithm.needs, self.dist.world
+        groups, news = self.rollouts.collect(self.progress.version)
+        units = self.watch.admit(index, groups, algorithm.build(groups), news)
+        self.roster.refresh(self.progress.version)
+        if not any(world.gather(len(units))):
+            return
+        batch = self.roster.fill(collate(units, blank_like(units, world)), needs.columns, needs.slots)
+        self.round.begin(index, algorithm.annotate(batch, world), units, self.rollouts.places, world, news)
+        if self.progress.step == 0 and self.config.step0_checks:
+            check_rows(self.policy, units, self.dist.dtype)
+
     def update(self, part: list[int]) -> None:
         """One optimizer step on these units of the round, whatever the micro-batches and ranks."""
         started, step, needs = time.perf_counter(), self.progress.step + 1, self.algorithm.needs
         assert self.round.batch is not None
-        batch, index = at_present(self.round.batch, part, self.algorithm, self.roster, self.dist.world)
+        with self.dist.whole(bool(needs.fresh)):
+            batch, index = at_present(self.round.batch, part, self.algorithm, self.roster, self.dist.world)
         self.dist.seed(key(self.seed, "step", step, self.dist.world.rank))  # adapter dropout draws from it
         outputs = needs.outputs | (LOGGED if self.track.wants(step) else frozenset())
         counts = global_counts(batch, index, self.dist.world)
@@ -120,17 +125,19 @@ class Trainer:
             return loss
 
         for i, micro in enumerate(parts):
+            with self.dist.whole(bool(needs.late)):
+                filled = self.roster.fill(micro, needs.late)
             with self.dist.accumulate(last=i == len(parts) - 1):
-                self.dist.backward(self.policy.loss(self.roster.fill(micro, needs.late), outputs, objective))
+                self.dist.backward(self.policy.loss(filled, outputs, objective))
         totals = reduce(totals, self.dist.world)
         found = values(totals)
         grad_norm = float(self.dist.grad_norm(self.policy.parameters(), self.config.max_grad_norm))
         if not all(isfinite(x) for x in (*found.values(), grad_norm)):
-            raise self.nonfinite(part, {**found, "grad_norm": grad_norm})
+            raise nonfinite(self, part, {**found, "grad_norm": grad_norm})
         if step == 1 and self.config.step0_checks and self.starts_at_reference:
             check_closed_form(self.algorithm.at_reference(), found, self.dist.dtype)
         check_sampling(found, self.max_logp_difference)
-        learning_rate = float(self.scheduler.get_last_lr()[0])
+        facts = {"epoch": self.rollouts.stream.epoch, "learning_rate": float(self.scheduler.get_last_lr()[0])}
         self.dist.step()  # from here to the counters nothing may fail: what a checkpoint holds moves together
         self.scheduler.step()
         self.round.advance()
@@ -140,8 +147,7 @@ class Trainer:
         del totals["num_input_tokens"]
         drop_single_term(totals)
         seconds = time.perf_counter() - started
-        facts = {"epoch": self.rollouts.stream.epoch, "learning_rate": learning_rate, "grad_norm": grad_norm}
-        facts["num_tokens"] = self.progress.tokens
+        facts |= {"grad_norm": grad_norm, "num_tokens": self.progress.tokens}
         self.track.step(step, totals, facts, {"step_time": seconds, "perf/tokens_per_second": tokens / seconds})
 
     def due(self) -> None:
@@ -172,7 +178,6 @@ class Trainer:
         """All state that cannot be recomputed: what is equal on every rank, and what each rank has its own of."""
         shared: dict[str, Stateful] = {
             "progress": self.progress,
-            "optimizer": self.optimizer,
             "lr_scheduler": self.scheduler,
             "stream": self.rollouts.stream,
             "algorithm": self.algorithm,
@@ -181,20 +186,11 @@ class Trainer:
             "evaluator": self.evaluator,
             "watch": self.watch,
         }
-        return shared, {"round": self.round}
+        return shared, {"round": self.round, "optimizer": self.dist.optimizer_state}
 
     def save(self) -> None:
         """Checkpoint this step, unless it is there already; the best one is kept beside the newest."""
-        self.checkpoints.save(self.progress.step, *self.parts(), self.write_model, self.evaluator.best.step)
-
-    def nonfinite(self, part: list[int], found: dict[str, float]) -> RunFailed:
-        """Before the step: dump the batch, keep a loadable checkpoint, say what broke."""
-        step, batch, world = self.progress.step + 1, self.round.batch, self.dist.world
-        assert batch is not None
-        broken = self.policy.broken_weights()
-        groups = [group for ids in world.gather([self.round.groups[i] for i in part]) for group in ids]
-        dump = dump_batch(self.folder / "debug" / f"step-{step}", batch, part, groups, found, world.rank)
-        if not broken or not self.checkpoints.steps():  # broken weights must not push out the last good ones
-            self.save()
-        newest = self.checkpoints.path(self.checkpoints.steps()[0])
-        return RunFailed(nonfinite_message(step, found, groups, broken, dump, newest))
+        with self.dist.whole(new := self.progress.step not in self.checkpoints.steps()):
+            if new:
+                self.dist.check_same(self.policy.bare)
+            self.checkpoints.save(self.progress.step, *self.parts(), self.write_model, self.evaluator.best.step)

@@ -29,6 +29,8 @@ from alignkit.models.layout import Segments
 
 DENSE_TOKENS = 384
 """On a CPU, streams up to this length are one masked call; many small calls would cost more."""
+KERNELS: str | None = None
+"""The kind of device whose kernels are called; None = that of the tensors. A prediction for another machine sets it."""
 NAMES = {"sdpa": "alignkit_sdpa", "eager": "alignkit_eager"}
 """What a model used before → the name under which it is registered here."""
 
@@ -71,7 +73,7 @@ def stream_attention(
     if window is not None and window >= segments.longest:
         window = None
     plain = window is None and softcap is None and dropout == 0.0 and query.shape[-1] == value.shape[-1]
-    if plain and _has_kernel(query) and (query.device.type != "cpu" or query.shape[2] > DENSE_TOKENS):
+    if plain and _has_kernel(query) and (_kind(query) != "cpu" or query.shape[2] > DENSE_TOKENS):
         out: Tensor = _Cascade.apply(query, key, value, segments, scale)  # type: ignore[no-untyped-call]
     else:
         out = _dense(query, key, value, segments, scale, window, softcap, dropout)
@@ -87,10 +89,14 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
+def _kind(x: Tensor) -> str:
+    return KERNELS or x.device.type
+
+
 def _has_kernel(query: Tensor) -> bool:
-    if query.device.type == "cuda":
+    if _kind(query) == "cuda":
         return query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
-    return query.device.type == "cpu"
+    return _kind(query) == "cpu"
 
 
 def _dense(
@@ -128,7 +134,7 @@ class _Cascade(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
-        kernels = _forward_cpu if query.device.type == "cpu" else _forward_cuda
+        kernels = _forward_cpu if _kind(query) == "cpu" else _forward_cuda
         out, lse, seeds = kernels(query, key, value, segments, scale)
         ctx.save_for_backward(query, key, value, out, lse, *seeds)
         ctx.segments, ctx.scale = segments, scale
@@ -138,7 +144,7 @@ class _Cascade(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         query, key, value, out, lse, *seeds = ctx.saved_tensors
-        kernels = _backward_cpu if query.device.type == "cpu" else _backward_cuda
+        kernels = _backward_cpu if _kind(query) == "cpu" else _backward_cuda
         return (*kernels(grad, query, key, value, out, lse, seeds, ctx.segments, ctx.scale), None, None)
 
 

@@ -29,6 +29,11 @@ class ModelConfig(Config):
         "weights under LoRA are bf16)",
     )
     lora: LoraConfig | None = Field(None, description="null = train all weights")
+    quantization: Literal["nf4", "int8"] | None = Field(
+        None,
+        description="keep the frozen weights under `lora` in 4 bits (NF4, with quantized constants: QLoRA) or in 8; "
+        "needs bitsandbytes",
+    )
     chat_template: str | None = Field(None, description="a jinja file that replaces the tokenizer's template")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     attn_implementation: str | None = Field(None, description="as in transformers: sdpa, eager, flash_attention_2, …")
@@ -41,6 +46,14 @@ class ModelConfig(Config):
     activation_offload: bool = Field(
         False, description="keep what the forward pass saves for backward in the host's memory; GPUs only"
     )
+
+    @model_validator(mode="after")
+    def _quantizes_what_is_frozen(self) -> ModelConfig:
+        if self.quantization is not None and self.lora is None:
+            raise ValueError(
+                f"quantization: {self.quantization} is of frozen weights; train an adapter on them: `lora`"
+            )
+        return self
 
 
 class RosterModelConfig(Config):

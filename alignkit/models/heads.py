@@ -6,7 +6,7 @@ Modules that transformers' classes do not know are attached to the model under `
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alignkit.core.contracts import Heads
-from alignkit.core.errors import RecipeError
+from alignkit.core.errors import RecipeError, RunFailed
 from alignkit.core.rng import key
 
 EXTRA = "alignkit_heads"
@@ -186,11 +186,24 @@ def save_heads(model: Any, folder: Path) -> None:
     save_file(weights, folder / HEADS_FILE, metadata={"names": names})
 
 
+@torch.no_grad()
+def copy_weights(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Make weights equal in place: a module that is gathered from several processes cannot be loaded by torch.
+
+    Raises:
+        RunFailed: they are not of one model.
+    """
+    if strangers := sorted(set(source) ^ set(target)):
+        raise RunFailed(f"the saved weights are of another model: {strangers[0]!r} is in only one of the two")
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
+
+
 def load_heads(model: Any, folder: Path) -> None:
     """Weights from a folder `save_heads` wrote into."""
     found = extra(model)
     if found is not None:
-        found.load_state_dict(load_file(folder / HEADS_FILE))
+        copy_weights(load_file(folder / HEADS_FILE), found.state_dict())
 
 
 def head_names(folder: Path) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,10 +112,13 @@ def load_renderer(config: ModelConfig) -> Renderer:
     )
 
 
-def load_base(config: ModelConfig, dtype: torch.dtype, heads: Heads = LANGUAGE, seed: int = 0) -> Any:
+def load_base(
+    config: ModelConfig, dtype: torch.dtype, heads: Heads = LANGUAGE, seed: int = 0, *, weights: bool = True
+) -> Any:
     """The transformers model with dropout off: log-ratios at step 0 must be exactly 0.
 
-    A score layer that the weights lack is drawn from `seed`; one that they have stays.
+    A score layer that the weights lack is drawn from `seed`; one that they have stays. Without `weights` only the
+    config is read, and the model is on the meta device.
     """
     from transformers import AutoConfig
     from transformers.utils import logging
@@ -137,19 +141,29 @@ def load_base(config: ModelConfig, dtype: torch.dtype, heads: Heads = LANGUAGE, 
         if not heads.is_language:
             settings.id2label = dict(enumerate(heads.names))
             settings.label2id = {name: i for i, name in settings.id2label.items()}
-        extra = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+        extra: dict[str, Any] = (
+            {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+        )
+        if config.quantization is not None and weights:
+            extra |= _quantized(config.quantization, dtype)
         verbosity = logging.get_verbosity()
         if not heads.is_language:
             logging.set_verbosity_error()  # that the score layer is new is no news
         try:
-            model = _model_class(heads).from_pretrained(
-                path,
-                config=settings,
-                revision=config.revision,
-                trust_remote_code=config.trust_remote_code,
-                dtype=dtype,
-                **extra,
-            )
+            if weights:
+                model = _model_class(heads).from_pretrained(
+                    path,
+                    config=settings,
+                    revision=config.revision,
+                    trust_remote_code=config.trust_remote_code,
+                    dtype=dtype,
+                    **extra,
+                )
+            else:
+                with torch.device("meta"):
+                    model = _model_class(heads).from_config(
+                        settings, trust_remote_code=config.trust_remote_code, dtype=dtype, **extra
+                    )
         finally:
             logging.set_verbosity(verbosity)
     for module in model.modules():
@@ -168,6 +182,32 @@ def load_base(config: ModelConfig, dtype: torch.dtype, heads: Heads = LANGUAGE, 
     return model
 
 
+def _quantized(kind: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments with which transformers quantizes the linear layers of a model while it loads them.
+
+    Raises:
+        RecipeError: bitsandbytes is not installed.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise RecipeError(
+            f"model.quantization: {kind} needs bitsandbytes: pip install 'alignkit[qlora]', or remove the key"
+        )
+    from transformers import BitsAndBytesConfig
+
+    settings = (
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        if kind == "nf4"
+        else BitsAndBytesConfig(load_in_8bit=True)
+    )
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": settings, "device_map": {"": device}}
+
+
 def _model_class(heads: Heads) -> Any:
     import transformers
 
@@ -180,21 +220,25 @@ def _model_class(heads: Heads) -> Any:
     }[heads.kind]
 
 
-def load_policy(config: ModelConfig, seed: int = 0, heads: Heads = LANGUAGE) -> Any:
+def load_policy(config: ModelConfig, seed: int = 0, heads: Heads = LANGUAGE, *, weights: bool = True) -> Any:
     """The trainable model, on the CPU.
 
     Full training keeps float32 weights whatever the compute dtype: steps of 1e-6 vanish in bfloat16. With `lora` the
     frozen weights have the recipe's dtype and the adapter float32. `name_or_path` may be an adapter folder: with `lora`
     its adapter goes on training and a frozen copy of it is the reference; without, it is merged into the weights.
+    Without `weights` the model is on the meta device, and an adapter is a new one.
 
     Raises:
         RecipeError: the model cannot be loaded, or cannot carry these heads.
     """
     if heads.members > 1:
         one = replace(heads, members=1)
-        return Members([load_policy(config, key(seed, "member", i), one) for i in range(heads.members)])
-    adapter = config.name_or_path if adapter_base(config.name_or_path) is not None else None
-    model = load_base(config, torch.float32 if config.lora is None else DTYPES[config.dtype], heads, seed)
+        return Members(
+            [load_policy(config, key(seed, "member", i), one, weights=weights) for i in range(heads.members)]
+        )
+    adapter = config.name_or_path if weights and adapter_base(config.name_or_path) is not None else None
+    dtype = torch.float32 if config.lora is None else DTYPES[config.dtype]
+    model = load_base(config, dtype, heads, seed, weights=weights)
     if config.lora is None:
         if adapter is not None:
             from peft import PeftModel
@@ -202,7 +246,8 @@ def load_policy(config: ModelConfig, seed: int = 0, heads: Heads = LANGUAGE) -> 
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
             model.requires_grad_(True)  # peft froze it
     else:
-        model = _with_adapter(model, config, adapter, seed, heads)
+        with nullcontext() if weights else torch.device("meta"):
+            model = _with_adapter(model, config, adapter, seed, heads)
     attach(model, heads, seed)
     if heads.hidden and (Path(config.name_or_path) / HEADS_FILE).is_file():
         load_heads(model, Path(config.name_or_path))

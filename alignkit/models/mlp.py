@@ -32,7 +32,8 @@ def light_feed_forwards(model: Any) -> Iterator[None]:
 
     Where layers run again in backward nothing changes: they would have to be found there as they were.
     """
-    again = model.is_gradient_checkpointing and model.training
+    name = "is_activation_checkpointing"  # its name before transformers 5.20 warns in later ones
+    again = getattr(model, name if hasattr(type(model), name) else "is_gradient_checkpointing") and model.training
     found = [] if again else [module for module in model.modules() if _is_gated(module)]
     for module in found:
         module.forward = partial(_feed_forward, module)

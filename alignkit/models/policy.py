@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from alignkit.core.contracts import Heads
 from alignkit.core.types import Batch, Forward, Row, Unit
 from alignkit.data.collate import collate, select_units, to_device
+from alignkit.dist.backend import BuildOptimizer
 from alignkit.dist.engine import DistEngine
 from alignkit.models.heads import (
     MEMBER,
     LanguageHeads,
+    copy_weights,
     detached,
     extra,
     load_heads,
@@ -100,11 +102,16 @@ class _Scorer(nn.Module):
                 if "logits" in outputs:
                     out = _with_logits(out, whole, logits)
                 return out if objective is None else objective(out, whole)
-            head, states = self._tempered(path.head), self._states(inputs, self.model)
+            head, states = self._tempered(self._present(path.head)), self._states(inputs, self.model)
             if objective is not None and torch.is_grad_enabled():
                 return self._one_pass(batch, whole, states, head, targets, objective, wants, values)
             out = _forward_of(whole, chunked_logps(states, head, targets, **wants)._replace(values=values))
         return out if objective is None else objective(out, whole)
+
+    def _present(self, head: Head) -> Head:
+        """The head with the weights that its layer has now: spread over processes, they come and go."""
+        layer = causal_model(self.model).get_output_embeddings()
+        return replace(head, weight=layer.weight, bias=layer.bias)
 
     def _tempered(self, head: Head) -> Head:
         """The head whose logits are this one's over the temperature."""
@@ -291,6 +298,9 @@ class CausalPolicy:
         self._layout, self.temperature = options.layout, options.temperature
         self._scorer = _Scorer(bare, dist, options, critic)
         self.module: nn.Module = self._scorer
+        self.num_weights = sum(p.numel() for p in self._scorer.parameters())
+        """Numbers of all its models, whether they train or not."""
+        self.num_trained = sum(p.numel() for p in self.parameters())
         ways = [
             choose_path(model, options.layout, options.attn_implementation, scores=not heads.is_language)
             for model in members(bare)
@@ -300,6 +310,12 @@ class CausalPolicy:
             way = choose_path(critic, options.layout, options.attn_implementation, scores=True)
             if way.layout != self.path.layout:
                 self.path = padded(self.path, f"the critic goes another way ({way})")
+
+    def prepare(self, build: BuildOptimizer, max_grad_norm: float) -> None:
+        """Hand the weights to the run's backend, and what `build` makes to step them."""
+        self.module = self.dist.prepare(self._scorer, build, max_grad_norm)
+        if self.path.head is not None:  # the weights before may be gone, and must not be kept by this alone
+            self.path = replace(self.path, head=self._scorer._present(self.path.head))
 
     @property
     def is_peft(self) -> bool:
@@ -511,18 +527,21 @@ def _save(model: Any, folder: Folder, dtype: torch.dtype | None) -> None:
     elif dtype is None or all(p.dtype == dtype for p in model.parameters()):
         model.save_pretrained(folder)
     else:
-        _cast_copy(model, dtype).save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=_cast(model.state_dict(), dtype))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _load(model: Any, folder: Folder) -> None:
     if hasattr(model, "peft_config"):
-        from peft import load_peft_weights, set_peft_model_state_dict
+        from peft import get_peft_model_state_dict, load_peft_weights
 
-        set_peft_model_state_dict(model, load_peft_weights(str(folder)), adapter_name=POLICY_ADAPTER)
+        copy_weights(load_peft_weights(str(folder)), get_peft_model_state_dict(model, adapter_name=POLICY_ADAPTER))
     else:
         # Through from_pretrained: transformers may rename weights on their way to disk and back.
         fresh = type(model).from_pretrained(folder, dtype=next(model.parameters()).dtype)
-        model.load_state_dict(fresh.state_dict())
+        copy_weights(fresh.state_dict(), model.state_dict())
 
 
 def _telling(units: Sequence[Unit]) -> list[Row]:
@@ -535,7 +554,7 @@ def _telling(units: Sequence[Unit]) -> list[Row]:
     return [*mates[:2], min(rows, key=lambda row: len(row.tokens))]
 
 
-def _cast_copy(model: Any, dtype: torch.dtype) -> Any:
-    """The model with its weights in `dtype`, on the CPU; tied weights stay tied, the original is left alone."""
-    cast = {id(p): nn.Parameter(p.detach().to("cpu", dtype), requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, cast)  # a memo: deepcopy takes these for the parameters it would copy
+def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every weight in `dtype`, on the CPU; those that are tied stay one."""
+    kept = {x.data_ptr(): x.detach().to("cpu", dtype if x.is_floating_point() else x.dtype) for x in state.values()}
+    return {name: kept[x.data_ptr()].view(x.shape) for name, x in state.items()}

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from alignkit.core.contracts import Needs
 from alignkit.core.errors import RunFailed
 from alignkit.core.types import BEHAVIOUR, Batch, Unit
 from alignkit.data.collate import select_units
@@ -139,6 +140,18 @@ class Roster:
     def names(self) -> list[str]:
         """The models that can be asked, the policy first."""
         return ["policy", *sorted(self._models)]
+
+    @property
+    def precomputes(self) -> bool:
+        """Whether a model scores all rows before the run."""
+        return bool(self._caches)
+
+    def asks_policy(self, needs: Needs) -> bool:
+        """Whether a round needs the policy's weights, or those it had, before its first update."""
+        own = {name for name, model in self._models.items() if not isinstance(model, FrozenModel)} | {"policy"}
+        moves = any(isinstance(model, MovingModel) for model in self._models.values())
+        asked = {column.partition(".")[0] for column in needs.columns} - set(self._caches)
+        return needs.rewards or moves or bool(asked & own)
 
     def refresh(self, version: int) -> None:
         """The one moment other models move: after scoring, before columns. `version`: the policy's."""

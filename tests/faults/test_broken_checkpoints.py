@@ -34,7 +34,7 @@ def cut_manifest(checkpoint: Path) -> None:
 
 
 def remove_part(checkpoint: Path) -> None:
-    (checkpoint / "optimizer.safetensors").unlink()
+    (checkpoint / "rank-0" / "optimizer.safetensors").unlink()
 
 
 BREAKS: dict[Callable[[Path], None], str] = {
@@ -42,7 +42,7 @@ BREAKS: dict[Callable[[Path], None], str] = {
     flip_one_bit: "model.safetensors does not have its recorded sha256",
     remove_manifest: "no manifest: it was not finished",
     cut_manifest: "its manifest is cut short",
-    remove_part: "optimizer.safetensors is missing",
+    remove_part: "rank-0/optimizer.safetensors is missing",
 }
 
 

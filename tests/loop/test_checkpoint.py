@@ -147,11 +147,31 @@ def test_what_comes_after_the_resumed_step_goes(checkpoints: Checkpoints, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
-def test_another_number_of_processes_is_refused(checkpoints: Checkpoints) -> None:
-    path = save(checkpoints, 1)
-    (path / "rank-1").mkdir()
-    with pytest.raises(RunFailed, match="written by 2 processes, this run has 1"):
-        checkpoints.load(path, {}, {})
+class Share(Part):
+    """A part that several ranks have of their own, and that any number of them can take up."""
+
+    def needs_all(self, state: dict[str, Any]) -> bool:
+        return bool(state.get("all"))
+
+    def load_parts(self, states: list[dict[str, Any]]) -> None:
+        self.state = {"joined": [state["cursor"] for state in states]}
+
+
+@pytest.mark.parametrize(("ranks", "everything"), [(1, False), (1, True), (2, False)])
+def test_parts_of_ranks_are_joined_where_one_is_not_enough(
+    checkpoints: Checkpoints, ranks: int, everything: bool
+) -> None:
+    written = [{"cursor": rank, "all": everything} for rank in range(ranks)]
+    path = checkpoints.save(1, {"progress": Part({"step": 1})}, {"round": Share(written[0])}, write_model)
+    for rank in range(1, ranks):
+        (path / f"rank-{rank}").mkdir()
+        write_state(path / f"rank-{rank}", "round", written[rank])
+    progress, share = Part({}), Share({})
+    checkpoints.load(path, {"progress": progress}, {"round": share})
+    assert checkpoints.ranks(path) == ranks
+    assert progress.state == {"step": 1}
+    joined = {"joined": [0, 1][:ranks]}
+    assert share.state == (joined if ranks > 1 or everything else written[0])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,105 @@
+"""What each process of the launches in test_backends.py runs: `backends_worker.py FOLDER BACKEND`.
+
+Every recipe of FOLDER/recipes is trained under the backend, into FOLDER/BACKEND; runs whose names say so are killed and
+resumed, left killed, or resumed from what one process left. What this rank saw is written beside them.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from alignkit.core.errors import RunFailed
+from alignkit.dist.engine import DistEngine
+from alignkit.loop.trainer import Trainer
+from alignkit.recipe import load_recipe
+from alignkit.run import train
+from alignkit.testing import Killed, killed_at
+
+RANK = int(os.environ.get("RANK", "0"))
+KILLED_AT = 3
+
+
+def told(engine: DistEngine, module: torch.nn.Module) -> dict:
+    """What this process runs with, and how much of the model and of its optimizer state it holds between steps."""
+    backend = engine.backend
+    held = sum(slot.length for slot in backend.kept)
+    total = {slot.name: slot.numel for slot in backend.kept}
+    local = 0
+    for p in module.parameters():
+        tensor = getattr(p, "ds_tensor", p)
+        local += (tensor.to_local() if hasattr(tensor, "to_local") else tensor).numel()
+    return {
+        "world": engine.world.size,
+        "backend": backend.name,
+        "group": torch.distributed.get_world_size(),
+        "state": held,
+        "weights": local,
+        "named": len(total),
+    }
+
+
+@record  # the launcher shows what went wrong here
+def main(folder: Path, backend: str) -> None:
+    seen: list[dict] = []
+    prepare = DistEngine.prepare
+
+    def watched(self, module, build, max_grad_norm):
+        done = prepare(self, module, build, max_grad_norm)
+        seen.append(told(self, module))
+        assert self.world.size == torch.distributed.get_world_size() == 2
+        assert self.backend.name == backend, f"{self.backend.name} runs in place of {backend}"
+        return done
+
+    DistEngine.prepare = watched
+
+    def run(name: str, source: Path, *, resume: bool = False):
+        recipe = load_recipe(source)
+        dist = recipe.dist.model_copy(update={"backend": backend, "world_size": 2})
+        update = {"output_dir": str(folder / backend / name), "dist": dist}
+        return train(recipe.model_copy(update=update), resume=resume, quiet=True, report=False)
+
+    for source in sorted((folder / "recipes").glob("*.yaml")):
+        run(source.stem, source)
+    for source in sorted((folder / "killed").glob("*.yaml")):
+        for name in (source.stem, f"{source.stem}-left"):
+            with killed_at(KILLED_AT):
+                try:
+                    run(name, source)
+                except Killed:
+                    pass
+                else:
+                    raise AssertionError("nothing was killed")
+        run(source.stem, source, resume=True)
+        run(f"{source.stem}-whole", source)
+        run(f"{source.stem}-grown", source, resume=True)  # one process left it, see `grown` in test_backends.py
+    if backend == "ddp":
+        seen[-1]["drifted"] = drifted(run, next((folder / "killed").glob("*.yaml")))
+    (folder / f"{backend}-rank-{RANK}.json").write_text(json.dumps(seen))
+
+
+def drifted(run, source: Path) -> str:
+    """What is said when one rank's weights are no longer the other's at a checkpoint."""
+    update = Trainer.update
+
+    def wrong(self, part):
+        update(self, part)
+        if RANK == 1 and self.progress.step == 1:
+            with torch.no_grad():
+                next(iter(self.policy.parameters())).add_(1e-6)
+
+    Trainer.update = wrong
+    try:
+        run("drifted", source)
+    except RunFailed as error:
+        return str(error)
+    finally:
+        Trainer.update = update
+    return "nothing"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
