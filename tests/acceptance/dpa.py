@@ -1,11 +1,10 @@
 """Task D, two rewards: the share of vowels in an answer, and its length. A direction before the prompt weighs them."""
 
-from collections.abc import Sequence
 from functools import cached_property
 from math import cos, radians, sin
 from pathlib import Path
 from statistics import correlation, fmean, pstdev
-from string import ascii_lowercase, digits
+from string import ascii_lowercase
 from typing import Any
 
 from alignkit.core.rng import generator
@@ -17,9 +16,11 @@ NUM_WARM_UP, NUM_PROMPTS, NUM_DIRECTIONS, ROUNDS = 12_800, 200, 6, 3
 SHORTEST, LONGEST, MOST = 4, 14, 16
 """Letters of an answer of the warm-up, and of any."""
 VOWELS, CONSONANTS, VOWEL_CHANCE = "aeiou", "bcdfghjklmnpqrstvwxyz", 0.3
-ANGLES, NUM_ASKED = (-45, -30, -15, 0, 15, 30, 45), 200
-OBJECTIVES, OTHERS, NUM_NEAR = ["V", "L"], ["N", "M"], 5
-"""Names of the rewards, names that ask for a part of the alphabet, and how many consonants are a part."""
+ANGLES, NUM_ASKED = (-45, -30, -15, 0, 15, 30, 45), 600
+WIDEST, NUM_NEAR = 60, 5
+"""The warm-up's angles to either side, more than asked for, so that no number is rare; consonants of one angle."""
+OBJECTIVES = ["V", "L"]
+"""Names of the rewards."""
 OPERATION = {
     "name": "direction",
     "objectives": OBJECTIVES,
@@ -63,22 +64,20 @@ class DirectionTask:
 
     @cached_property
     def start(self) -> Path:
-        """SFT from random weights, which learn to read numbers: under other names they say which consonants to use.
+        """SFT from random weights, which learn to read directions: they say which consonants to use.
 
-        Under the names of the rewards they say nothing, and vowels and length follow from neither.
+        Share of vowels and length are drawn apart from them. Every number is one token.
         """
-        symbols = [*ascii_lowercase, *digits, *"VLMN*+-:; "]
-        model = toys.write_model(self.bench.folder / "direction-random", self.seed, symbols)
+        symbols = [*ascii_lowercase, *"VL*+:; ", *map(str, range(-100, 101))]
+        model = toys.write_model(self.bench.folder / "direction-random", self.seed, symbols, pattern="-?[0-9]+|.")
         rng, rows = generator(self.seed, "direction", "warm-up"), []
-        for i, prompt in enumerate(self._prompts("warm-up", NUM_WARM_UP)):
-            share, names, others = rng.random(), OBJECTIVES, CONSONANTS
-            if i % 2:
-                first = round(share * (len(CONSONANTS) - NUM_NEAR))
-                names, others = OTHERS, CONSONANTS[first : first + NUM_NEAR]
-            angle = ANGLES[0] + share * (ANGLES[-1] - ANGLES[0])
-            length = rng.randint(SHORTEST, LONGEST)
-            letters = [rng.choice(VOWELS if rng.random() < VOWEL_CHANCE else others) for _ in range(length)]
-            rows.append({"prompt": f"{self._text(angle, names)};{prompt}", "completion": "".join(letters)})
+        for prompt in self._prompts("warm-up", NUM_WARM_UP):
+            share, length = rng.random(), rng.randint(SHORTEST, LONGEST)
+            first = round(share * (len(CONSONANTS) - NUM_NEAR))
+            near = CONSONANTS[first : first + NUM_NEAR]
+            letters = [rng.choice(VOWELS if rng.random() < VOWEL_CHANCE else near) for _ in range(length)]
+            asked = self._text((2 * share - 1) * WIDEST)
+            rows.append({"prompt": f"{asked};{prompt}", "completion": "".join(letters)})
         data = toys.write_rows(self.bench.folder / "direction-warm-up.jsonl", rows)
         settings = {"max_steps": 600, "batch_size": 64, "learning_rate": 3e-3}
         return self.bench.train("direction-warm-up", self._recipe(model, data, {"name": "sft"}, settings))
@@ -114,10 +113,10 @@ class DirectionTask:
         prompts = [f"{self._text(angle)};{prompt}" for prompt in self._prompts("asked", NUM_ASKED)]
         return self.bench.answers(run, prompts, max_tokens=MOST + 1)
 
-    def _text(self, angle: float, names: Sequence[str] = OBJECTIVES) -> str:
+    def _text(self, angle: float) -> str:
         from alignkit.data.operations.direction import weights_text
 
-        return weights_text((cos(radians(angle)), sin(radians(angle))), names)
+        return weights_text((cos(radians(angle)), sin(radians(angle))), OBJECTIVES)
 
     def _prompts(self, purpose: str, count: int) -> list[str]:
         rng = generator(self.seed, "direction", f"{purpose} prompts")

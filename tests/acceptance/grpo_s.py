@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from alignkit.algorithms.grpo import GRPO
 from alignkit.algorithms.grpo_s import GRPOS
 from alignkit.core import Batch, Forward, Group, Metric, Metrics, Terms
 from alignkit.core.rng import generator
@@ -20,11 +21,21 @@ EASY, CHANCES = digits[:5], {True: (0.6, 0.25, 0.15), False: (0.2, 0.5, 0.3)}
 CATEGORIES = {"even": digits[::2], "odd": digits[1::2]}
 NUM_DEMONSTRATIONS, NUM_HELD_OUT = 200, 100
 NUM_UPDATES, HALF_WAY, EARLY = 120, 60, 20
+RL = {"max_steps": NUM_UPDATES, "learning_rate": 5e-4}
+JUDGE = {"name": "rpo", "sft_normalization": "seq_mean", "eta": 1.0, "beta": 0.1}
+KL = {"beta": 0.0, "kl_coef": 1.0}
+"""The divergence is taken off the reward at the weight that it has in the game that the judges are learned in."""
 
 
 def symbols(texts: list[str]) -> torch.Tensor:
     """How often each digit stands in a text."""
     return torch.tensor([[float(text.count(digit)) for digit in digits] for text in texts])
+
+
+class Plain(GRPO):
+    """GRPO that has demonstrations scored too: a judge's score depends, in its last bits, on the rows beside it."""
+
+    needs = GRPOS.needs
 
 
 class Watched(GRPOS):
@@ -44,7 +55,11 @@ class Watched(GRPOS):
 
 
 class ScalingTask:
-    """The start model, one reward model a category learned from demonstrations, and runs on both."""
+    """The start model, one judge a category learned from demonstrations, and runs under them.
+
+    A prompt has a token in front: of equal tokens that nothing precedes, every position attends to the same, so that no
+    model could tell the end of a demonstration from its middle.
+    """
 
     def __init__(self, bench: Bench) -> None:
         self.bench, self.task = bench, OnlineTask(bench)
@@ -57,7 +72,7 @@ class ScalingTask:
             near = [digits[(i + step) % len(digits)] for step in range(3)]
             answer = "".join(draw.choices(near, CHANCES[near[0] in EASY], k=toys.COUNT_LENGTH))
             rows.append({"prompt": near[0], "completion": answer})
-        model = toys.write_model(self.bench.folder / "hardness-random", self.bench.seed, digits)
+        model = toys.write_model(self.bench.folder / "hardness-random", self.bench.seed, digits, in_front=True)
         keys = {"max_steps": 500, "batch_size": 64, "learning_rate": 3e-3}
         return self._fit("hardness-warm-up", model, {"name": "sft"}, rows, **keys)
 
@@ -85,7 +100,7 @@ class ScalingTask:
 
     @cached_property
     def judges(self) -> dict[str, Path]:
-        """A reward model for each category: demonstrations above the start model's own answers."""
+        """A model for each category that has come to prefer demonstrations to the start model's own answers."""
         written, found = self.samples(self.start, (NUM_DEMONSTRATIONS + NUM_HELD_OUT) // len(EASY)), {}
         for name, members in CATEGORIES.items():
             pairs = [
@@ -94,13 +109,12 @@ class ScalingTask:
                 for answer in written[digit]
             ]
             pairs = toys.shuffled(pairs, generator(self.bench.seed, "hardness", name))
-            keys = {"num_epochs": 4, "batch_size": 32, "learning_rate": 3e-4, "held_out": pairs[NUM_DEMONSTRATIONS:]}
-            algorithm = {"name": "reward_model", "kind": "irl"}
-            found[name] = self._fit(f"judge-{name}", self.start, algorithm, pairs[:NUM_DEMONSTRATIONS], **keys)
+            keys = {"num_epochs": 8, "batch_size": 32, "learning_rate": 3e-4, "held_out": pairs[NUM_DEMONSTRATIONS:]}
+            found[name] = self._fit(f"judge-{name}-implicit", self.start, JUDGE, pairs[:NUM_DEMONSTRATIONS], **keys)
         return found
 
-    def train(self, name: str, algorithm: dict[str, Any], *, judged: bool = False) -> Path:
-        """120 updates under the true reward, or the judge, of each row's category."""
+    def train(self, name: str, algorithm: dict[str, Any]) -> Path:
+        """120 updates under the judge of each row's category."""
         category = {digit: name for name, members in CATEGORIES.items() for digit in members}
         rows = [
             {
@@ -112,14 +126,14 @@ class ScalingTask:
             for digit in digits
             for i in range(COPIES)
         ]
-        truth = f"{__name__}:every_digit"
         rewards: list[dict[str, Any]] = [
-            {"name": "reward_model", "label": f"{name}_judge", "when": name, "args": {"model": str(run)}}
-            for name, run in (self.judges.items() if judged else ())
-        ] or [{"name": truth, "label": f"{name}_truth", "when": name} for name in CATEGORIES]
-        rewards += [{"name": name, "weight": 0.0} for name in (truth, f"{__name__}:hard_digits")]
+            {"name": "implicit", "label": f"{name}_judge", "when": name, "args": {"model": name, "previous": None}}
+            for name in CATEGORIES
+        ]
+        rewards += [{"name": f"{__name__}:{name}", "weight": 0.0} for name in ("every_digit", "hard_digits")]
+        models = {name: {"from": str(run)} for name, run in {**self.judges, "base": self.start}.items()}
         keys = {"rewards": rewards, "combine": {"route": "category"}, "data": rows, "start": self.start}
-        return self.task.train(name, algorithm, **keys, max_steps=NUM_UPDATES)
+        return self.task.train(name, {**algorithm, **KL}, models=models, **keys, **RL)
 
 
 def every_digit(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
@@ -135,23 +149,26 @@ def hard_digits(prompts: list[str], completions: list[str], **_: Any) -> list[fl
 
 @method("grpo_s")
 def measure(bench: Bench) -> list[Figure]:
-    """Policies are trained under the true reward, and one under the judges, which misses its bound.
+    """Policies are trained under the judges alone; the true reward is logged.
 
-    With one perfect answer a prompt the best judge says only whether this is the demonstration: what has six of eight
-    right is worth as little as what has none, so there is nothing to climb.
-    Judges learned in turns with the policy, from planted wrong answers or in fewer steps do no better: 0.3 in trials.
+    A judge's reward is how much likelier it has become to write an answer, as every reward of a KL-regularised game is
+    (Rafailov et al. 2023, arXiv 2305.18290): a sum over tokens, so that six right symbols of eight are worth more than
+    none. Score layers (`reward_model` of kind `irl`) are deceived by answers that they were not shown: under them the
+    true reward ended at 0.37 on the one seed that was tried.
     """
     task = ScalingTask(bench)
     alpha = {"encoder": f"{__name__}:symbols"}
     runs = {
         "scaled": task.train("grpo-s", {"name": f"{__name__}:Watched", **alpha}),
-        "plain": task.train("grpo-s-plain", {"name": "grpo"}),
+        "plain": task.train("grpo-s-plain", {"name": f"{__name__}:Plain"}),
         "ones": task.train("grpo-s-ones", {"name": "grpo_s", **alpha, "alpha_clip": [1, 1]}),
-        "judged": task.train("grpo-s-judged", {"name": "grpo_s", **alpha}, judged=True),
     }
     logs, around = {name: task.task.log(run) for name, run in runs.items()}, task.task.around
-    start, log, hard = logs["plain"][0]["reward"], logs["scaled"], "rewards/hard_digits/mean"
-    same = sum(ours["loss"] == theirs["loss"] for ours, theirs in zip(logs["ones"], logs["plain"], strict=True))
+    log, truth, hard = logs["scaled"], "rewards/every_digit/mean", "rewards/hard_digits/mean"
+    same = [
+        all(ours[name] == theirs[name] for name in ("loss", "grad_norm"))
+        for ours, theirs in zip(logs["ones"], logs["plain"], strict=True)
+    ]
     alphas = {name: [_early(log, f"watched/{name}/{kind}") for kind in ("hard", "easy")] for name in CATEGORIES}
     return [
         *(
@@ -162,7 +179,12 @@ def measure(bench: Bench) -> list[Figure]:
             )
             for name, run in task.judges.items()
         ),
-        Figure("T2: reward after 120 updates", around(runs["scaled"], NUM_UPDATES), at_least=0.80, start=start),
+        Figure(
+            "T2: true reward after 120 updates under the judges",
+            around(runs["scaled"], NUM_UPDATES, truth),
+            at_least=0.80,
+            start=logs["plain"][0][truth],
+        ),
         *(
             Figure(
                 f"T2: hard digits − grpo's, after {step}",
@@ -179,12 +201,7 @@ def measure(bench: Bench) -> list[Figure]:
             Figure(f"T2: mean α_D, {name} digits", _early(log, f"categories/{name}/alpha_data"), 0.95, 1.05)
             for name in CATEGORIES
         ),
-        Figure("T2: share of losses that are grpo's where α = 1", same / NUM_UPDATES, at_least=1),
-        Figure(
-            "T2: true reward under the judges",
-            around(runs["judged"], NUM_UPDATES, "rewards/every_digit/mean"),
-            at_least=0.80,
-        ),
+        Figure("T2: share of losses and gradients that are grpo's where α = 1", fmean(same), at_least=1),
     ]
 
 

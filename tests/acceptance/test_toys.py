@@ -12,6 +12,11 @@ def test_one_token_a_character_and_back():
     assert len(tokenizer) <= 64
 
 
+def test_a_token_may_be_a_number_and_one_may_stand_in_front():
+    tokenizer = toys.tiny_tokenizer(["L", "*", "-38"], pattern="-?[0-9]+|.", in_front=True)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("L*-38").input_ids) == ["<s>", "L", "*", "-38"]
+
+
 def test_the_model_is_tiny_and_the_seed_decides_it():
     first, again, other = (toys.tiny_model(seed) for seed in (0, 0, 1))
     assert 130_000 < sum(p.numel() for p in first.parameters()) < 160_000

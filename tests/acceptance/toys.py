@@ -11,7 +11,7 @@ from string import ascii_lowercase, ascii_uppercase, digits
 from typing import Any, TypeVar
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from alignkit.core.rng import generator, key
@@ -43,11 +43,18 @@ Rows = list[dict[str, str]]
 T = TypeVar("T")
 
 
-def tiny_tokenizer(symbols: Sequence[str] = SYMBOLS) -> PreTrainedTokenizerFast:
-    """One token a character, 57 in all unless others are named, no token in front."""
+def tiny_tokenizer(
+    symbols: Sequence[str] = SYMBOLS, *, pattern: str = ".", in_front: bool = False
+) -> PreTrainedTokenizerFast:
+    """One token a match of `pattern`, a character unless told otherwise, 57 in all unless others are named.
+
+    No token stands in front, or `<s>` does.
+    """
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *symbols])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    if in_front:
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -87,10 +94,10 @@ def tiny_model(
         return model
 
 
-def write_model(folder: Path, seed: int, symbols: Sequence[str] = SYMBOLS) -> Path:
+def write_model(folder: Path, seed: int, symbols: Sequence[str] = SYMBOLS, **tokens: Any) -> Path:
     """The tiny model and its tokenizer as a folder that plain transformers loads."""
     tiny_model(seed, symbols).save_pretrained(folder)
-    tiny_tokenizer(symbols).save_pretrained(folder)
+    tiny_tokenizer(symbols, **tokens).save_pretrained(folder)
     return folder
 
 
