@@ -6,6 +6,7 @@ The public face. Nothing heavy is imported until it is used.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +28,14 @@ _HOME = {
 }
 
 __all__ = ["Algorithm", "Recipe", "RewardSource", "__version__", "load_recipe", "register", "resume", "train"]
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING and "accelerator" not in str(record.msg)
+
+
+# Where DeepSpeed is installed transformers imports it, and it tells everybody on stdout what it makes of the machine.
+logging.getLogger("DeepSpeed").addFilter(_matters)
 
 
 def __getattr__(name: str) -> Any:

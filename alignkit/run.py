@@ -336,8 +336,8 @@ def _restore(run: Assembled, folder: Path, console: Console, resuming: bool) -> 
     if (before := trainer.checkpoints.ranks(path)) != trainer.dist.world.size:
         console.print(
             f"{path} was written by {before} processes, and this run has {trainer.dist.world.size}: it goes on with "
-            "the same weights, optimizer state and data order, but not to the same bits as an unbroken run; what was left "
-            "of the round in hand is passed over",
+            "the same weights, optimizer state and data order, but not to the same bits as an unbroken run; what was "
+            "left of the round in hand is passed over",
             markup=False,
         )
     trainer.checkpoints.load(path, *trainer.parts())

@@ -8,7 +8,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -16,6 +16,7 @@ import pytest
 import alignkit
 from alignkit import cli
 from alignkit.core.errors import EnvironmentProblem, RecipeError, RunFailed
+from alignkit.dist.config import DistConfig
 from alignkit.models.config import ModelConfig
 from alignkit.plan import LAYOUTS, check, count_rows
 from alignkit.recipe import load_recipe, shipped_recipes
@@ -129,7 +130,9 @@ def test_every_mistake_is_printed_without_a_traceback(
 def test_only_the_first_process_tells_of_a_bad_recipe(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    group = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in group.items():
+        monkeypatch.setenv(name, value)
     assert run(monkeypatch, "train", "r.yaml", "sed=3") == 2
     assert capsys.readouterr().err == ""
 
@@ -194,7 +197,13 @@ def test_resume_and_sample(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         calls.append(arguments)
         return drawn
 
-    fake_run(monkeypatch, resume=lambda folder, quiet: Result(), sample=sample)
+    def train(recipe: Any, *, resume: bool, quiet: bool) -> Result:
+        assert resume
+        assert not quiet
+        return Result()
+
+    loaded = SimpleNamespace(dist=DistConfig(), output_dir="run")
+    fake_run(monkeypatch, recipe_of=lambda folder: loaded, train=train, sample=sample)
     Path("run").mkdir()
     assert run(monkeypatch, "resume", "run") == 0
     assert "report  run/report.html" in capsys.readouterr().out

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import gc
 import hashlib
-import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -168,10 +167,8 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def _device() -> torch.device:
-    # Where DeepSpeed is installed transformers imports it, and it tells everybody what it makes of the machine.
-    logging.getLogger("DeepSpeed").addFilter(_is_warning)
     if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would take a GPU that was asked to be left alone
         return torch.device("cpu")
     local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local >= count:
@@ -209,10 +206,6 @@ def _backend(config: DistConfig, world: AnyWorld, device: torch.device) -> Backe
         offload_optimizer=config.offload_optimizer,
         offload_weights=config.offload_weights,
     )
-
-
-def _is_warning(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING
 
 
 def launched_rank() -> int:

@@ -192,5 +192,5 @@ class Trainer:
         """Checkpoint this step, unless it is there already; the best one is kept beside the newest."""
         with self.dist.whole(new := self.progress.step not in self.checkpoints.steps()):
             if new:
-                self.dist.check_same(self.policy.bare)
+                self.dist.check_same(self.policy.module)
             self.checkpoints.save(self.progress.step, *self.parts(), self.write_model, self.evaluator.best.step)

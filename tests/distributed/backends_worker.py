@@ -7,12 +7,14 @@ resumed, left killed, or resumed from what one process left. What this rank saw 
 import json
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from alignkit.core.errors import RunFailed
+from alignkit.core.errors import EnvironmentProblem, RunFailed
+from alignkit.dist import fsdp, zero
 from alignkit.dist.engine import DistEngine
 from alignkit.loop.trainer import Trainer
 from alignkit.recipe import load_recipe
@@ -40,6 +42,33 @@ def told(engine: DistEngine, module: torch.nn.Module) -> dict:
         "weights": local,
         "named": len(total),
     }
+
+
+@contextmanager
+def alone_on_the_mesh():
+    """FSDP2 over groups of one process each, which exchange nothing."""
+    mesh = fsdp.init_device_mesh
+    fsdp.init_device_mesh = lambda kind, shape: mesh(kind, (*shape, 1), mesh_dim_names=("apart", "together"))[
+        "together"
+    ]
+    try:
+        yield
+    finally:
+        fsdp.init_device_mesh = mesh
+
+
+@contextmanager
+def another_stage():
+    """DeepSpeed told to do less than was asked for."""
+    config = zero.Zero._config
+    zero.Zero._config = lambda self, norm: {**config(self, norm), "zero_optimization": {"stage": 1}}
+    try:
+        yield
+    finally:
+        zero.Zero._config = config
+
+
+UNSHARDED = {"fsdp2": alone_on_the_mesh, "zero2": another_stage}
 
 
 @record  # the launcher shows what went wrong here
@@ -76,8 +105,15 @@ def main(folder: Path, backend: str) -> None:
         run(source.stem, source, resume=True)
         run(f"{source.stem}-whole", source)
         run(f"{source.stem}-grown", source, resume=True)  # one process left it, see `grown` in test_backends.py
+    some = next((folder / "killed").glob("*.yaml"))
     if backend == "ddp":
-        seen[-1]["drifted"] = drifted(run, next((folder / "killed").glob("*.yaml")))
+        seen[-1]["drifted"] = drifted(run, some)
+    if backend in UNSHARDED:
+        with UNSHARDED[backend]():
+            try:
+                run("unsharded", some)
+            except EnvironmentProblem as error:
+                seen[-1]["unsharded"] = str(error)
     (folder / f"{backend}-rank-{RANK}.json").write_text(json.dumps(seen))
 
 

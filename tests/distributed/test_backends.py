@@ -180,3 +180,12 @@ def test_weights_that_drift_apart_stop_the_run(launched):
     for rank in launched.seen("ddp"):
         assert "the weights of rank 1 are not those of rank 0" in rank[-1]["drifted"]
     assert not list((launched.folder / "ddp" / "drifted").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("backend", "complaint"), [("fsdp2", "nothing was spread"), ("zero2", "DeepSpeed runs stage 1")]
+)
+def test_backend_that_does_not_share_stops_the_run(launched, backend, complaint):
+    for rank in launched.seen(backend):
+        assert complaint in rank[-1]["unsharded"]
+    assert not (launched.folder / backend / "unsharded" / "metrics.jsonl").exists()
