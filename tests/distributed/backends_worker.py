@@ -28,8 +28,6 @@ KILLED_AT = 3
 def told(engine: DistEngine, module: torch.nn.Module) -> dict:
     """What this process runs with, and how much of the model and of its optimizer state it holds between steps."""
     backend = engine.backend
-    held = sum(slot.length for slot in backend.kept)
-    total = {slot.name: slot.numel for slot in backend.kept}
     local = 0
     for p in module.parameters():
         tensor = getattr(p, "ds_tensor", p)
@@ -38,9 +36,8 @@ def told(engine: DistEngine, module: torch.nn.Module) -> dict:
         "world": engine.world.size,
         "backend": backend.name,
         "group": torch.distributed.get_world_size(),
-        "state": held,
+        "state": sum(slot.length for slot in backend.kept),
         "weights": local,
-        "named": len(total),
     }
 
 
@@ -77,8 +74,10 @@ def main(folder: Path, backend: str) -> None:
     prepare = DistEngine.prepare
 
     def watched(self, module, build, max_grad_norm):
+        weights = [p.numel() for p in module.parameters()]
+        trained = [p.numel() for p in module.parameters() if p.requires_grad]
         done = prepare(self, module, build, max_grad_norm)
-        seen.append(told(self, module))
+        seen.append({**told(self, module), "all_weights": sum(weights), "all_state": sum(trained)})
         assert self.world.size == torch.distributed.get_world_size() == 2
         assert self.backend.name == backend, f"{self.backend.name} runs in place of {backend}"
         return done
@@ -92,7 +91,8 @@ def main(folder: Path, backend: str) -> None:
         return train(recipe.model_copy(update=update), resume=resume, quiet=True, report=False)
 
     for source in sorted((folder / "recipes").glob("*.yaml")):
-        run(source.stem, source)
+        if backend != "ddp" or source.stem.startswith("dpo"):  # all others under DDP: tests/contract
+            run(source.stem, source)
     for source in sorted((folder / "killed").glob("*.yaml")):
         for name in (source.stem, f"{source.stem}-left"):
             with killed_at(KILLED_AT):
