@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import alignkit
-from alignkit.core.errors import AlignkitError, RecipeError
+from alignkit.core.errors import AlignkitError, Interrupted, RecipeError
+from alignkit.dist.launcher import adopt_launcher
 
 if TYPE_CHECKING:
     from alignkit.core.config import Config
@@ -52,6 +53,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="a.b=v", help="Settings to change: train.learning_rate=2e-6")
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder: the output_dir of a recipe.")]
+Processes = Annotated[
+    int | None,
+    typer.Option(min=1, help="Processes to start on this machine; none = one for each CUDA device, 1 = only this one."),
+]
 HeadWeights = Annotated[
     str | None,
     typer.Option(
@@ -85,8 +90,10 @@ def options(
     ] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show the traceback of an error.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print results and errors only.")] = False,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     """Preference optimization: every method one recipe away."""
+    del local_rank  # `deepspeed` says it here and in the environment
     _Verbosity.verbose, _Verbosity.quiet = verbose, quiet
 
 
@@ -96,34 +103,66 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option(help="Continue the run in output_dir if there is one.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Throw away the run in output_dir if there is one.")] = False,
+    processes: Processes = None,
 ) -> None:
-    """Run a recipe."""
+    """Run a recipe, on all devices of this machine."""
+    adopt_launcher()
     if resume and overwrite:
         raise RecipeError("--resume continues the run in output_dir and --overwrite throws it away; choose one")
     loaded = _load(recipe, overrides)
+    flags = ["--resume"] * resume + ["--overwrite"] * overwrite
+    _start_processes(loaded, processes, ["train", recipe, *(overrides or ()), *flags], resume=resume)
     from alignkit import run
 
     _print_result(run.train(loaded, resume=resume, overwrite=overwrite, quiet=_Verbosity.quiet))
 
 
 @app.command()
-def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Say what a recipe will do, or all that is wrong."""
+def check(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(metavar="80GB", help="Memory of a GPU: exit with 2, and say what helps, if too small.")
+    ] = None,
+    world_size: Annotated[int | None, typer.Option(min=1, help="Processes of the run; none = the recipe's.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(exists=True, help="The model's config.json, where the model is not here.")
+    ] = None,
+) -> None:
+    """Say what a recipe will do and take, or all that is wrong."""
+    from alignkit.memory.given import parse_memory
+
+    available = parse_memory(gpu_memory) if gpu_memory is not None else None
     loaded = _load(recipe, overrides)
     from alignkit import plan
 
-    lines = plan.check(loaded)
+    lines = [*plan.check(loaded, world_size), *plan.check_tokens(loaded)]
+    told, error = plan.check_memory(loaded, world_size, available=available, config=config)
     if not _Verbosity.quiet:
-        typer.echo("\n".join([*lines, "ok"]))
+        typer.echo("\n".join([*lines, *told, *([] if error else ["ok"])]))
+    if error is not None:
+        raise RecipeError(error)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine has for a run, what it lacks, and what helps."""
+    from alignkit.doctor import examine
+
+    found = examine()
+    typer.echo(json.dumps(found.to_json(), ensure_ascii=False, indent=1) if as_json else "\n".join(found.lines()))
 
 
 @app.command("resume")
-def resume_run(run: Run) -> None:
-    """Continue a run from its newest valid checkpoint."""
+def resume_run(run: Run, processes: Processes = None) -> None:
+    """Continue a run from its newest valid checkpoint, on as many processes as before."""
+    adopt_launcher()
     _must_exist(run)
-    from alignkit.run import resume
+    from alignkit.run import recipe_of, train
 
-    _print_result(resume(run, quiet=_Verbosity.quiet))
+    loaded = recipe_of(run)
+    _start_processes(loaded, processes, ["resume", str(run)], resume=True)
+    _print_result(train(loaded, resume=True, quiet=_Verbosity.quiet))
 
 
 @app.command()
@@ -474,6 +513,16 @@ def _load(recipe: str, overrides: list[str] | None) -> Recipe:
     return load_recipe(recipe, overrides or (), files=True)
 
 
+def _start_processes(recipe: Recipe, asked: int | None, arguments: Sequence[str], *, resume: bool) -> None:
+    """Run the command in processes of their own and leave, where this one is not to be the run."""
+    from alignkit.launch import processes_to_start, run_processes
+
+    count = processes_to_start(recipe, asked, resume=resume)
+    if count > 1:
+        flags = ["--verbose"] * _Verbosity.verbose + ["--quiet"] * _Verbosity.quiet
+        raise typer.Exit(run_processes([*flags, *arguments], count))
+
+
 def _read_weights(text: str | None) -> dict[str, float] | list[float] | None:
     """`a=1,b=0`, or `1,0` in the order of the heads."""
     if text is None:
@@ -633,6 +682,6 @@ def main() -> None:
     except AlignkitError as error:
         if _Verbosity.verbose:
             traceback.print_exc()
-        elif _first_process() or error.exit_code != RecipeError.exit_code:
-            typer.echo(f"error: {error}", err=True)  # every process would say the same of a recipe
+        elif _first_process() or error.exit_code not in (RecipeError.exit_code, Interrupted.exit_code):
+            typer.echo(f"error: {error}", err=True)  # every process would say the same of a recipe, and of a signal
         sys.exit(error.exit_code)

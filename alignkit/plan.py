@@ -1,4 +1,7 @@
-"""What a recipe will do, said before it runs: files, columns and batch arithmetic, without torch, weights or tokens."""
+"""What a recipe will do, said before it runs: files, columns, batch arithmetic, tokens and memory, without weights.
+
+`check` answers at once. `check_tokens` and `check_memory` import what they need for it: a tokenizer, and torch.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,21 @@ import gzip
 import os
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
-from math import ceil
+from math import ceil, lcm
 from pathlib import Path
 from typing import Any
 
 from alignkit.core.config import IterativeConfig, OnlineConfig
 from alignkit.core.contracts import Algorithm, Needs
 from alignkit.core.documents import Mistakes
-from alignkit.core.errors import DataError
+from alignkit.core.errors import DataError, RecipeError
 from alignkit.data.config import DataConfig
-from alignkit.data.shapes import SHAPES, choose_format
+from alignkit.data.render import Rendered
+from alignkit.data.shapes import SHAPES, BadRow, Example, Text, choose_format, to_example
 from alignkit.data.sources import Table, in_our_shape, read_rows
+from alignkit.memory.given import GIB, LEFT, MIB, find_config
 from alignkit.recipe import (
     Recipe,
     check_paths,
@@ -30,6 +36,7 @@ from alignkit.recipe import (
 )
 
 PEEKED_ROWS = 64
+"""Rows of a data entry that are looked at."""
 COUNTED_BYTES = 256 * 2**20
 """Files larger than this are not counted: `check` answers at once."""
 LAYOUTS = {
@@ -41,11 +48,12 @@ LAYOUTS = {
 """`model.layout` in words."""
 
 
-def check(recipe: Recipe) -> list[str]:
-    """What the recipe will do, as lines to print.
+def check(recipe: Recipe, world_size: int | None = None) -> list[str]:
+    """What the recipe will do on so many processes (None: as it says itself), as lines to print.
 
     Raises: RecipeError with every file that is missing, or every data entry whose columns do not fit.
     """
+    ranks = processes(recipe, world_size)
     check_paths(recipe)
     method: Algorithm[Any] = find_algorithm(recipe.algorithm.name).target(recipe.algorithm)
     needs = method.needs
@@ -66,7 +74,135 @@ def check(recipe: Recipe) -> list[str]:
     if needs.rewards:
         lines += _rollout_lines(recipe, method)
     lines += [*_eval_lines(recipe), *_drift_lines(recipe)]
-    return [*lines, *_batch_lines(recipe, method)]
+    return [*lines, *_batch_lines(recipe, method, ranks)]
+
+
+def processes(recipe: Recipe, asked: int | None = None) -> int:
+    """How many processes a run is checked for: as asked, as the recipe says, or as were launched.
+
+    Raises: RecipeError when the recipe says another number than is asked about.
+    """
+    fixed = recipe.dist.world_size
+    if asked is not None and fixed is not None and asked != fixed:
+        raise RecipeError(f"dist.world_size: {fixed}, and --world-size asks about {asked}; leave one out")
+    return asked or fixed or int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_tokens(recipe: Recipe) -> list[str]:
+    """A few rows of every file as the tokens a model is given, and as the text that these say; lines to print.
+
+    Raises: DataError when rows cannot be written.
+    """
+    if find_config(recipe.model.name_or_path) is None or not Path(recipe.model.name_or_path).is_dir():
+        return [f"template    unchecked: the tokenizer of {recipe.model.name_or_path} is not on this machine"]
+    from alignkit.models.load import load_renderer
+
+    renderer, lines = load_renderer(recipe.model), []
+    for number, entry in enumerate(recipe.data):
+        if not Path(entry.path).is_file():
+            continue
+        table = read_rows(entry.model_copy(update={"limit": min(entry.limit or PEEKED_ROWS, PEEKED_ROWS)}))
+        shape, examples = choose_format(entry.format, table.columns, entry.path), []
+        for i, row in enumerate(table.rows):
+            with suppress(BadRow):  # the run counts them
+                examples += [to_example(row, shape)] if i not in table.faults else []
+        lengths, lost = [], []
+        for example, written in zip(examples, renderer.render(examples), strict=True):
+            if isinstance(written, Rendered):
+                for tokens, texts in _rows(example, written):
+                    lengths.append(len(tokens))
+                    said = _words(renderer.decode(tokens))
+                    lost += [text for text in map(_words, texts) if text not in said][:1]
+        if not lengths:
+            lines.append(f"template    data.{number}: none of the first {len(table.rows)} rows can be used")
+            continue
+        told = (
+            f"{len(lost)} of them do not say all that the row does, first {lost[0][:60]!r}" if lost else "all is there"
+        )
+        span = f"{_count(len(lengths), 'row')} of {min(lengths)} to {max(lengths)} tokens"
+        lines.append(f"template    data.{number}: {span}; read back, {told}")
+    return lines
+
+
+def _rows(example: Example, written: Rendered) -> Iterator[tuple[list[int], list[str]]]:
+    """The tokens of each answer behind its prompt, or of the prompt alone, and the texts that should be in them."""
+    asked = _contents(example.prompt)
+    if not written.completions:
+        yield written.prompt, asked
+    for tokens, answer in zip(written.completions, example.completions, strict=True):
+        yield [*written.prompt, *tokens], [*asked, *_contents(answer)]
+
+
+def _contents(text: Text) -> list[str]:
+    return [text] if isinstance(text, str) else [turn.get("content") or "" for turn in text]
+
+
+def _words(text: str) -> str:
+    """Without what white space there is: templates trim, and tokenizers add a blank in front."""
+    return "".join(text.split())
+
+
+def check_memory(
+    recipe: Recipe, world_size: int | None = None, *, available: int | None = None, config: Path | None = None
+) -> tuple[list[str], str | None]:
+    """What each process will hold on a GPU, as lines to print, and what to do where that is more than it has.
+
+    `available`: bytes of a GPU. `config`: the policy's config.json, or its folder, where the model is not here.
+    """
+    ranks = processes(recipe, world_size)
+    path = str(config) if config is not None else find_config(recipe.model.name_or_path)
+    if path is None:
+        why = f"{recipe.model.name_or_path} is not on this machine; `--config FILE` takes its config.json"
+        return _not_predicted(why, available)
+    from alignkit.memory.advice import remedies
+    from alignkit.memory.predict import KINDS, Unpredictable, predict
+
+    try:
+        told = predict(recipe, world_size=ranks, device="cuda", config=path)
+    except Unpredictable as reason:
+        return _not_predicted(str(reason), available)
+    backend = "" if ranks == 1 else f", {'ddp' if recipe.dist.backend == 'auto' else recipe.dist.backend}"
+    scale, unit = (GIB, "GiB") if told.peak.total >= GIB else (MIB, "MiB")
+    lines = [
+        f"memory      {unit} on each of {_count(ranks, 'GPU')}{backend}: {_many(told.sizes.numbers)} weights, "
+        f"{_many(told.sizes.trained_numbers)} of them trained; {told.fed} tokens a forward",
+        f"            {'phase':<10}{''.join(f'{kind:>12}' for kind in KINDS)}{'all':>9}",
+    ]
+    for phase in told.phases:
+        cells = "".join(f"{phase.parts.get(kind, 0) / scale:>12.2f}" for kind in KINDS)
+        lines.append(f"            {phase.name:<10}{cells}{phase.total / scale:>9.2f}")
+    lines += [f"            {assumed}" for assumed in told.assumed]
+    if available is None:
+        return lines, None
+    room = int(available * (1 - LEFT))
+    what = f"{available / GIB:.4g} GiB, of which {LEFT:.0%} are left to CUDA and to gaps"
+    if told.peak.total <= room:
+        return [*lines, f"fits        {told.peak.total / GIB:.1f} GiB in {what}"], None
+    found = remedies(recipe, room, world_size=ranks, device="cuda", config=path)
+    error = f"memory: {told.peak.total / GIB:.1f} GiB in the phase `{told.peak.name}` do not fit into {what}. " + (
+        "The smallest changes that make it fit, each to be given behind the recipe:" if found else NOTHING_FITS
+    )
+    width = max((len(" ".join(remedy.change.overrides)) for remedy in found), default=0)
+    changes = [f"\n  {' '.join(each.change.overrides):<{width}}  {each.peak / GIB:.1f} GiB" for each in found]
+    return lines, error + "".join(changes)
+
+
+def _many(number: int) -> str:
+    """A number in three digits."""
+    scale, letter = next((x for x in ((1e9, " B"), (1e6, " M"), (1e3, " K")) if number >= x[0]), (1, ""))
+    return f"{number / scale:.3g}{letter}"
+
+
+def _not_predicted(why: str, available: int | None) -> tuple[list[str], str | None]:
+    """An error only where somebody asked whether it fits."""
+    error = f"memory: nobody can say whether it fits: {why}" if available is not None else None
+    return [f"memory      not predicted: {why}"], error
+
+
+NOTHING_FITS = (
+    "Neither gradient checkpointing, smaller micro-batches, another backend, shorter rows, adapters nor all of these "
+    "together make it fit: it takes more or larger GPUs, or a smaller model."
+)
 
 
 def _check_model(recipe: Recipe, mistakes: Mistakes) -> None:
@@ -146,9 +282,9 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
-def _batch_lines(recipe: Recipe, method: Algorithm[Any]) -> Iterator[str]:
+def _batch_lines(recipe: Recipe, method: Algorithm[Any], ranks: int) -> Iterator[str]:
     """The arithmetic from groups to updates, spelled out."""
-    train, ranks, rows = recipe.train, int(os.environ.get("WORLD_SIZE", "1")), method.rows_per_unit(recipe.algorithm)
+    train, rows = recipe.train, method.rows_per_unit(recipe.algorithm)
     unit = "unit" if rows == 1 else f"unit of {rows} rows"
     share, rest = divmod(train.batch_size, ranks)
     spread = f"{share}" if not rest else f"{share} or {share + 1}"
@@ -158,6 +294,7 @@ def _batch_lines(recipe: Recipe, method: Algorithm[Any]) -> Iterator[str]:
     fitting = min(fitting, train.micro_batch_size or fitting)
     most = ceil(-(-train.batch_size // ranks) / fitting)
     forwards = "1 forward" if most == 1 else f"1 to {most} forwards"
+    yield from _arithmetic(recipe, method, ranks, min(fitting, ceil(train.batch_size / ranks)), most)
     yield f"layout      {recipe.model.layout}: {LAYOUTS[recipe.model.layout]}"
     yield (
         f"forward     {train.micro_batch_tokens} tokens as laid out hold {fitting} × {unit} at max_length "
@@ -166,6 +303,33 @@ def _batch_lines(recipe: Recipe, method: Algorithm[Any]) -> Iterator[str]:
     if train.max_length * rows > train.micro_batch_tokens:
         yield f"            a {unit} is never cut: one at max_length takes up to {train.max_length * rows} tokens"
     yield f"length      {_length(recipe, method)}"
+
+
+def _arithmetic(recipe: Recipe, method: Algorithm[Any], ranks: int, fitting: int, forwards: int) -> Iterator[str]:
+    """Prompts × samples × processes × accumulation = update, and the nearest numbers that come out even."""
+    size, each = recipe.train.batch_size, 1
+    if method.needs.rewards and not isinstance(recipe.algorithm, IterativeConfig):
+        each, samples = units_per_prompt(recipe, method), recipe.rollout.num_generations
+        prompts = prompts_per_round(recipe, method, 0)
+        units, written = prompts * each, f"{_count(prompts, 'prompt')} × {_count(samples, 'sample')}"
+        made = "" if each == samples else f", {_count(each, 'unit')} a prompt"
+        yield f"arithmetic  {written}{made} = {units} units a round = {_count(ceil(units / size), 'update')} of {size}"
+        if prompts % ranks:
+            yield f"uneven      {prompts} prompts on {ranks} processes; {_nearest(prompts, ranks, 'prompts a round')}"
+        if units % size:
+            near = _nearest(prompts, lcm(each, size) // each, "prompts a round")
+            yield f"uneven      the last update of a round has {units % size} of {size} units; {near}"
+    product = f"{_count(ranks, 'process')} × {_count(forwards, 'forward')} × {_count(fitting, 'unit')}"
+    yield f"arithmetic  {product} {'=' if ranks * forwards * fitting == size else '≥'} {size} units an update"
+    if size % ranks:
+        near = _nearest(size, lcm(ranks, each), "units an update")
+        yield f"uneven      {size} units on {ranks} processes; {near}"
+
+
+def _nearest(number: int, step: int, what: str) -> str:
+    """The multiples of a step next to a number."""
+    below, above = number // step * step, -(-number // step) * step
+    return f"{f'{below} or {above}' if below else above} {what} would be even"
 
 
 def _count_groups(entry: DataConfig, method: Algorithm[Any]) -> int | None:
@@ -235,11 +399,28 @@ def _rollout_lines(recipe: Recipe, method: Algorithm[Any]) -> Iterator[str]:
         prompts = prompts_per_round(recipe, method, groups or 0)
         written = prompts * rollout.num_generations
         yield f"rollout     {_count(prompts, 'prompt')} × {each} = {written} a round, {how}"
-        batches = ceil(prompts * units_per_prompt(recipe, method) / train.batch_size) * train.epochs_per_round
+        batches = ceil(prompts * _units_a_prompt(recipe, method) / train.batch_size) * train.epochs_per_round
         updates = f"up to {_count(batches, 'optimizer step')} on what was written, then "
     if names := " + ".join(f"{reward.weight:g} × {reward.name}" for reward in recipe_rewards(recipe)):
         yield f"rewards     {names}"
     yield f"round       {updates}it is written anew"
+
+
+def _units_a_prompt(recipe: Recipe, method: Algorithm[Any]) -> float:
+    """Units that are made of a prompt on average, where methods learn from the data's answers beside those written."""
+    counts = [_count_groups(entry, method) for entry in recipe.data]
+    known = [count for count in counts if count is not None]
+    if not method.needs.given or len(known) < len(counts):
+        return units_per_prompt(recipe, method)
+    weights = [count * entry.weight for count, entry in zip(known, recipe.data, strict=True)]
+    units = [units_per_prompt(recipe, method, answered=_is_answered(entry)) for entry in recipe.data]
+    return sum(weight * each for weight, each in zip(weights, units, strict=True)) / sum(weights)
+
+
+def _is_answered(entry: DataConfig) -> bool:
+    """Whether rows hold answers one of which is better."""
+    columns = _columns(entry)
+    return columns is None or choose_format(entry.format, columns, entry.path) in ("preference", "ranked")
 
 
 def _drift_lines(recipe: Recipe) -> Iterator[str]:
@@ -283,4 +464,4 @@ def _scored(recipe: Recipe) -> str:
 
 
 def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + "s" * (number != 1)
+    return f"{number} {noun}" + ("es" if noun.endswith("s") else "s") * (number != 1)

@@ -35,6 +35,9 @@ class Opinions:
 class JudgeTask(OnlineTask):
     """Answer a digit with eight of the same, of one's own opinion of answers."""
 
+    layers = 2
+    """Of the model."""
+
     def __init__(self, bench: Bench) -> None:
         super().__init__(bench)
         self.held_out = toys.judge_pairs(self.seed, "held-out", NUM_HELD_OUT)
@@ -42,9 +45,11 @@ class JudgeTask(OnlineTask):
     @cached_property
     def base(self) -> Path:
         """Before the warm-up of T2: SFT from random weights on other answers, 250 steps of 64."""
-        model = toys.write_model(self.bench.folder / "judge-random", self.seed, toys.JUDGE_SYMBOLS)
+        folder = self.bench.folder / f"judge-random-{self.layers}"
+        toys.tiny_model(self.seed, toys.JUDGE_SYMBOLS, layers=self.layers).save_pretrained(folder)
+        toys.tiny_tokenizer(toys.JUDGE_SYMBOLS).save_pretrained(folder)
         rows = toys.base_warm_up(self.seed, NUM_WARM_UP)
-        return self._sft("judge-base", model, [(rows, 1)], max_steps=250, lr_scheduler="constant")
+        return self._sft(f"judge-base-{self.layers}", folder, [(rows, 1)], max_steps=250, lr_scheduler="constant")
 
     @cached_property
     def start(self) -> Path:
