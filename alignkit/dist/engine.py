@@ -106,9 +106,12 @@ class DistEngine:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """The recipe's dtype for the forward pass; float32 means no autocast."""
+        """The recipe's dtype for the forward pass; float32 means no autocast.
+
+        Weights in that dtype are not kept: each is used once a pass, and all of them would stay to its end.
+        """
         on = self.dtype != torch.float32
-        with torch.autocast(self.device.type, dtype=self.dtype) if on else nullcontext():
+        with torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False) if on else nullcontext():
             yield
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:

@@ -331,8 +331,8 @@ class Sharing:
         return self.held(sizes) if self.spreads_weights else 0
 
     def masters(self, sizes: Sizes) -> int:
-        """DeepSpeed's own copy of the weights that this process moves."""
-        if self.backend not in ZERO or self._config.offload_optimizer:
+        """DeepSpeed's own copy of the weights that this process moves; stage 3 moves the float32 parts themselves."""
+        if self.backend not in {"zero1", "zero2"} or self._config.offload_optimizer:
             return 0
         return sizes.trained_numbers * WORD // self._world
 

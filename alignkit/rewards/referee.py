@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, exp
 from statistics import fmean
 from typing import ClassVar, Literal
 
@@ -22,7 +22,7 @@ from alignkit import ops
 from alignkit.core import templates
 from alignkit.core.config import Config
 from alignkit.core.contracts import Models
-from alignkit.core.errors import DataError
+from alignkit.core.errors import DataError, RecipeError
 from alignkit.core.lazy import torch
 from alignkit.core.referee import RefereeForm, RefereeKeys
 from alignkit.core.registry import register
@@ -94,7 +94,12 @@ class SelfRefereeConfig(RefereeKeys):
     votes: int = Field(
         3, ge=1, description="orders in which a group is listed; of pairs: other answers that each is compared with"
     )
-    temperature: float = Field(0.7, ge=0, description="at which judgements are written")
+    verdict: Literal["text", "logits"] = Field(
+        "text",
+        description="of pairs: text = one is written for every judgement; logits = how likely each label is, in place "
+        "of draws",
+    )
+    temperature: float = Field(0.7, ge=0, description="at which judgements are written, or labels are likely")
     max_tokens: int = Field(512, ge=1, description="tokens of a written judgement")
     max_candidates: int = Field(8, ge=2, description="answers in one list, at most")
     overlap: int = Field(1, ge=0, description="answers that a list shares with the one before it")
@@ -103,6 +108,8 @@ class SelfRefereeConfig(RefereeKeys):
     def _goes_on(self) -> SelfRefereeConfig:
         if self.overlap >= self.max_candidates:
             raise ValueError(f"overlap: {self.overlap} leaves no new answer in lists of {self.max_candidates}")
+        if self.verdict == "logits" and self.temperature == 0:
+            raise ValueError("verdict: logits says how likely a label is, which needs a temperature above 0")
         return self
 
 
@@ -129,7 +136,9 @@ class Heard:
 class SelfReferee:
     """What a model thinks of a prompt's answers when it sees them side by side, 0 … 1.
 
-    Lists: the mean score. Pairs: the share of verdicts won against other answers of the group, each in both orders.
+    Lists: the mean score. Pairs: the share of verdicts won against other answers of the group, each in both orders;
+    with `verdict: logits` what that share would be after many draws. A judge that is sure goes by position before it
+    goes by what it sees: then a temperature of several nats keeps the two orders from being 1 and 0 each.
     The judgements themselves are not learned from. Parts: `position_bias`, Kendall's τ between score and place, above 0
     where what stands first is preferred; `parsed`, the share of judgements that could be read.
     """
@@ -140,6 +149,11 @@ class SelfReferee:
     def __init__(self, config: SelfRefereeConfig) -> None:
         self.config = config
         self._form = RefereeForm(config)
+        if config.verdict == "logits" and not self._form.pairwise:
+            raise RecipeError(
+                f"self_referee: verdict: logits compares two answers, and the template {config.template!r} asks for a "
+                "list of scores; take verdict: text, or a template with {first} and {second}"
+            )
 
     def models(self) -> tuple[str, ...]:
         """Names of the run's models that it asks."""
@@ -159,11 +173,11 @@ class SelfReferee:
                 templates.conversation(rows.prompts[members[0]]), members, answers, rows.step
             )
         ]
-        asked = [question.text for question in questions if question.text is not None]
-        said = self._said(asked, need_models(models, "self_referee"))
+        judged = self._judged(questions, need_models(models, "self_referee"))
         heard = [Heard() for _ in answers]
         for question in questions:
-            self._hear(question, None if question.text is None else next(said), heard)
+            said, scores = (None, [0.5] * len(question.rows)) if question.text is None else next(judged)
+            _hear(said, scores, [heard[row] for row in question.rows])
         output = column_output([fmean(each.scores) if each.scores else None for each in heard])
         output.components = {
             "position_bias": torch.tensor([fmean(each.biases or [0.0]) for each in heard]),
@@ -171,18 +185,6 @@ class SelfReferee:
         }
         output.info = [{"judge": each.said} if each.said else {} for each in heard]
         return output
-
-    def _hear(self, question: Question, said: str | None, heard: Sequence[Heard]) -> None:
-        """Note a judgement with the answers it is about; without one they are equally good."""
-        places, low, high = len(question.rows), self._form.low, self._form.high
-        scores = [(low + high) / 2] * places if said is None else self._form.scores(said, places)
-        for place, row in enumerate(question.rows):
-            if scores is not None:
-                heard[row].scores.append((scores[place] - low) / (high - low))
-            if said is not None:
-                heard[row].said.append(said)
-                heard[row].parsed.append(float(scores is not None))
-                heard[row].biases += [] if scores is None else [kendall(scores, range(places, 0, -1))]
 
     def _questions(self, prompt: str, members: Sequence[int], answers: Sequence[str], step: int) -> list[Question]:
         """What is asked about the answers of one prompt: by their texts, whatever order they come in."""
@@ -218,6 +220,21 @@ class SelfReferee:
                 pairs |= {(one, other), (other, one)}
         return [list(pair) for pair in sorted(pairs)]
 
+    def _judged(self, questions: Sequence[Question], models: Models) -> Iterator[tuple[str, list[float] | None]]:
+        """Of each question that is asked, in order: what was said, and the scores of its answers, 0 … 1; None where
+        nothing could be read."""
+        asked = [(question.text, len(question.rows)) for question in questions if question.text is not None]
+        prompts = [text for text, _ in asked]
+        if self.config.verdict == "logits":
+            for first, second in models.choices(prompts, self.config.labels, self.config.model):
+                share = 1 / (1 + exp((second - first) / self.config.temperature))
+                yield f"{self.config.labels[0]}: {share:.3f}", [share, 1 - share]
+            return
+        low, high = self._form.low, self._form.high
+        for (_, places), said in zip(asked, self._said(prompts, models), strict=True):
+            scores = self._form.scores(said, places)
+            yield said, None if scores is None else [(score - low) / (high - low) for score in scores]
+
     def _said(self, prompts: Sequence[str], models: Models) -> Iterator[str]:
         """The judgement of each prompt, in order; a prompt that comes again is drawn again."""
         config, times = self.config, Counter(prompts)
@@ -229,3 +246,14 @@ class SelfReferee:
             )
             drawn |= {prompt: iter(texts) for prompt, texts in zip(asked, written, strict=True)}
         return (next(drawn[prompt]) for prompt in prompts)
+
+
+def _hear(said: str | None, scores: Sequence[float] | None, heard: Sequence[Heard]) -> None:
+    """Note a judgement with the answers it is about, in their order; `said` is None where none was asked for."""
+    for place, each in enumerate(heard):
+        if scores is not None:
+            each.scores.append(scores[place])
+        if said is not None:
+            each.said.append(said)
+            each.parsed.append(float(scores is not None))
+            each.biases += [] if scores is None else [kendall(scores, range(len(scores), 0, -1))]

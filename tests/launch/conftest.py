@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,25 @@ Path(sys.argv[-1], f"{os.environ['RANK']}.json").write_text(json.dumps(told))
 """A program that writes down what its launcher told it, into the folder that is its last argument."""
 
 
-def until(condition: Callable[[], Any], what: str, seconds: float = 120) -> None:
-    """Look again until it is so."""
+@pytest.fixture(autouse=True, scope="session")
+def commands() -> Iterator[None]:
+    """Scripts find the commands of this environment, whether it was activated or not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+        yield
+
+
+def until(
+    condition: Callable[[], Any],
+    what: str,
+    seconds: float = 120,
+    alive: Sequence[subprocess.Popen[bytes]] = (),
+) -> None:
+    """Look again until it is so, as long as these processes run."""
     patience = time.monotonic() + seconds
     while not condition():
+        ended = [process.args for process in alive if process.poll() is not None]
+        assert not ended, f"{ended[0]} ended before {what}"
         assert time.monotonic() < patience, f"not within {seconds:.0f} s: {what}"
         time.sleep(0.05)
 

@@ -70,13 +70,14 @@ def start(job: Job, number: int, run: str) -> subprocess.Popen[bytes]:
 def test_both_machines_start_again_when_a_process_is_killed(job: Job, machines: None) -> None:
     launchers = [start(job, number, "elastic") for number in (0, 1)]
     try:
-        until(lambda: job.reached("elastic"), "the first checkpoint")
+        until(lambda: job.reached("elastic"), "the first checkpoint", alive=launchers)
         before = [worker_of(machine) for machine in MACHINES]
         assert None not in before
         os.kill(before[1], signal.SIGKILL)
         until(
             lambda: all(worker_of(machine) not in (None, old) for machine, old in zip(MACHINES, before, strict=True)),
             "another process on both machines",
+            alive=launchers,
         )
         assert [launcher.wait(120) for launcher in launchers] == [0, 0]
     finally:

@@ -2,6 +2,7 @@
 
 import re
 from itertools import permutations
+from math import exp
 
 import pytest
 from pydantic import ValidationError
@@ -199,6 +200,36 @@ def test_as_many_opponents_as_votes_at_least_and_equal_answers_draw():
     assert self_scores(models, *"aac", template="pairwise_v1").score.tolist() == [0.25, 0.25, 1]
     assert len(models.asked) == 2, "a against c in both orders, and a against a never"
     assert models.sampling["n"] == 2, "one draw for either a"
+
+
+def leaning(prompt, answers) -> list[float]:
+    """A referee that leans to the first by 6 nats, and to the later letter by 2 a letter."""
+    first, second = re.findall(r"<<answer \d>>\n(.*)\n", prompt)
+    assert answers == ["1", "2"]
+    return [6.0 + 2.0 * (ord(first) - ord(second)), 0.0]
+
+
+def test_how_likely_verdicts_are_stands_for_many_draws():
+    models = Scripted(likely=leaning)
+    output = self_scores(models, *"ab", template="pairwise_v1", verdict="logits", temperature=5)
+    assert len(models.asked) == 2, "both orders, and nothing is written"
+
+    def share(nats):
+        return 1 / (1 + exp(-nats / 5))
+
+    first, second = share(6 - 2), share(6 + 2)  # that the one standing first wins
+    assert output.score.tolist() == pytest.approx([(first + 1 - second) / 2, (second + 1 - first) / 2])
+    assert output.components["position_bias"].tolist() == [1, 1]
+    assert output.components["parsed"].tolist() == [1, 1]
+    sure = self_scores(Scripted(likely=leaning), *"ab", template="pairwise_v1", verdict="logits", temperature=0.1)
+    assert sure.score.tolist() == pytest.approx([0.5, 0.5]), "both orders are certain, and say the contrary"
+
+
+def test_how_likely_verdicts_are_is_asked_of_pairs_alone():
+    with pytest.raises(RecipeError, match="compares two answers, and the template 'listwise_v1' asks for a list"):
+        SelfReferee(SelfRefereeConfig(verdict="logits"))
+    with pytest.raises(ValidationError, match="needs a temperature above 0"):
+        SelfRefereeConfig(template="pairwise_v1", verdict="logits", temperature=0)
 
 
 def test_a_question_that_comes_again_is_drawn_again():
