@@ -14,7 +14,7 @@ import typer
 
 import alignkit
 from alignkit.core.errors import AlignkitError, Interrupted, RecipeError
-from alignkit.dist.launcher import adopt_launcher
+from alignkit.dist.launcher import adopt_launcher, launched_rank
 
 if TYPE_CHECKING:
     from alignkit.core.config import Config
@@ -600,7 +600,7 @@ def _must_exist(run: Path) -> None:
 
 
 def _print_result(result: RunResult) -> None:
-    if _first_process() and not _Verbosity.quiet:
+    if launched_rank() == 0 and not _Verbosity.quiet:
         typer.echo(f"model   {result.folder}")
         if result.best is not None:
             typer.echo(f"best    {result.best}")
@@ -671,10 +671,6 @@ def _coloured() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
-def _first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def main() -> None:
     """The console entry. Exit codes: 0 ok, 1 run failed, 2 bad recipe or usage, 3 environment, 130 interrupted."""
     try:
@@ -682,6 +678,6 @@ def main() -> None:
     except AlignkitError as error:
         if _Verbosity.verbose:
             traceback.print_exc()
-        elif _first_process() or error.exit_code not in (RecipeError.exit_code, Interrupted.exit_code):
+        elif launched_rank() == 0 or error.exit_code not in (RecipeError.exit_code, Interrupted.exit_code):
             typer.echo(f"error: {error}", err=True)  # every process would say the same of a recipe, and of a signal
         sys.exit(error.exit_code)

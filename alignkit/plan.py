@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import os
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
@@ -24,6 +23,7 @@ from alignkit.data.config import DataConfig
 from alignkit.data.render import Rendered
 from alignkit.data.shapes import SHAPES, BadRow, Example, Text, choose_format, to_example
 from alignkit.data.sources import Table, in_our_shape, read_rows
+from alignkit.dist.launcher import launched_size
 from alignkit.memory.given import GIB, LEFT, MIB, find_config
 from alignkit.recipe import (
     Recipe,
@@ -85,7 +85,7 @@ def processes(recipe: Recipe, asked: int | None = None) -> int:
     fixed = recipe.dist.world_size
     if asked is not None and fixed is not None and asked != fixed:
         raise RecipeError(f"dist.world_size: {fixed}, and --world-size asks about {asked}; leave one out")
-    return asked or fixed or int(os.environ.get("WORLD_SIZE", "1"))
+    return asked or fixed or launched_size()
 
 
 def check_tokens(recipe: Recipe) -> list[str]:

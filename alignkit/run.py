@@ -26,8 +26,8 @@ from alignkit.core.types import Group, Message
 from alignkit.data.groups import load_groups
 from alignkit.data.operations import build_operation
 from alignkit.data.shapes import BadRow, Example
-from alignkit.dist.engine import DistEngine, launched_rank
-from alignkit.dist.launcher import adopt_launcher, is_lost_peer
+from alignkit.dist.engine import DistEngine
+from alignkit.dist.launcher import adopt_launcher, is_lost_peer, launched_rank
 from alignkit.loop.checkpoint import disk_problem, find_fault, is_disk_problem
 from alignkit.models.heads import detached, head_names, mixed
 from alignkit.models.load import DTYPES, load_renderer, load_writer

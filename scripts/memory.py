@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,15 +152,13 @@ def build(case: Case, folder: Path) -> dict[str, Any]:
 
 
 class Meter:
-    """The most memory in use in each phase of a run."""
+    """The most memory in use in each phase of a run. `between` says the bytes at the worst moment since it was asked
+    last."""
 
-    def __init__(self) -> None:
+    def __init__(self, between: Callable[[], int]) -> None:
         self.peaks = dict.fromkeys(PHASES, 0)
+        self._between = between
         self._phases: list[str] = []
-
-    def between(self) -> int:
-        """Bytes at the worst moment since it was asked last."""
-        raise NotImplementedError
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -174,35 +172,18 @@ class Meter:
             self._phases.pop()
 
     def _close(self) -> None:
-        peak = self.between()
+        peak = self._between()
         if self._phases:
             self.peaks[self._phases[-1]] = max(self.peaks[self._phases[-1]], peak)
 
 
-class TensorMeter(Meter):
-    """Live tensors, counted as operations make them; the weights from when a policy takes them."""
+def allocated() -> int:
+    """What CUDA's allocator had handed out at most since it was asked last."""
+    import torch
 
-    def __init__(self, live: Any) -> None:
-        super().__init__()
-        self.live = live
-
-    def between(self) -> int:
-        """As `Meter.between`."""
-        peak: int = self.live.peak
-        self.live.restart()
-        return peak
-
-
-class CudaMeter(Meter):
-    """What CUDA's allocator has handed out."""
-
-    def between(self) -> int:
-        """As `Meter.between`."""
-        import torch
-
-        peak: int = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return peak
+    peak: int = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
 
 
 def measure(recipe: dict[str, Any], device: str) -> dict[str, int]:
@@ -215,8 +196,14 @@ def measure(recipe: dict[str, Any], device: str) -> dict[str, int]:
     from alignkit.recipe import load_recipe
     from alignkit.run import train
 
-    live = LiveMemory()
-    meter = TensorMeter(live) if device == "cpu" else CudaMeter()
+    live = LiveMemory()  # the weights count from when a policy takes them
+
+    def counted_peak() -> int:
+        peak = live.peak
+        live.restart()
+        return peak
+
+    meter = Meter(counted_peak if device == "cpu" else allocated)
     with ExitStack() as stack:
         begin = CausalPolicy.__init__
 

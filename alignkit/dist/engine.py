@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from alignkit.core.errors import EnvironmentProblem, RunFailed
 from alignkit.dist.backend import Backend, BuildOptimizer, OptimizerState
 from alignkit.dist.config import DistConfig
-from alignkit.dist.launcher import adopt_launcher
+from alignkit.dist.launcher import adopt_launcher, launched_size
 from alignkit.dist.world import AnyWorld, LocalWorld, ProcessWorld, check_world, launched_backend
 
 PATIENCE = 1800.0
@@ -50,7 +50,7 @@ class DistEngine:
         adopt_launcher()
         check_world(config.world_size)
         self.device = _device()
-        size = int(os.environ.get("WORLD_SIZE", "1"))
+        size = launched_size()
         if size > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group(
                 "nccl" if self.device.type == "cuda" else "gloo",
@@ -209,8 +209,3 @@ def _backend(config: DistConfig, world: AnyWorld, device: torch.device) -> Backe
         offload_optimizer=config.offload_optimizer,
         offload_weights=config.offload_weights,
     )
-
-
-def launched_rank() -> int:
-    """The rank the launcher gave this process, before any process group exists."""
-    return int(os.environ.get("RANK", "0"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Literal
 
 from alignkit.core.errors import EnvironmentProblem
@@ -49,7 +49,12 @@ def adopt_launcher(environ: MutableMapping[str, str] = os.environ) -> Launcher:
     return "srun" if environ.get("SLURM_PROCID") == environ["RANK"] else "environment"
 
 
-def launched_size(environ: MutableMapping[str, str] = os.environ) -> int:
+def launched_rank(environ: Mapping[str, str] = os.environ) -> int:
+    """The rank the launcher gave this process, before any process group exists."""
+    return int(environ.get("RANK", "0"))
+
+
+def launched_size(environ: Mapping[str, str] = os.environ) -> int:
     """Processes the launcher started."""
     return int(environ.get("WORLD_SIZE", "1"))
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from alignkit.core.errors import EnvironmentProblem
+from alignkit.dist.launcher import launched_size
 
 
 class LocalWorld:
@@ -86,7 +87,7 @@ def check_world(asked: int | None) -> None:
             "WORLD_SIZE), as it does with `distributed_type: MULTI_CPU`. Launch with torchrun, or with an accelerate "
             "config that has `distributed_type: MULTI_GPU` and `use_cpu: true`; for one process, unset MASTER_ADDR."
         )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = launched_size()
     if asked is not None and launched != asked:
         raise EnvironmentProblem(
             f"the recipe asks for {asked} processes (dist.world_size), and {launched} were launched. Launch {asked}, "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from alignkit.core.contracts import World
-from alignkit.dist.engine import launched_rank
+from alignkit.dist.launcher import launched_rank
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
