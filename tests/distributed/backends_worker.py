@@ -105,7 +105,9 @@ def main(folder: Path, backend: str) -> None:
         run(source.stem, source, resume=True)
         run(f"{source.stem}-whole", source)
         run(f"{source.stem}-grown", source, resume=True)  # one process left it, see `grown` in test_backends.py
+    run("back", folder / "back.yaml")
     some = next((folder / "killed").glob("*.yaml"))
+    seen[-1]["broken"] = broken(run, some)
     if backend == "ddp":
         seen[-1]["drifted"] = drifted(run, some)
     if backend in UNSHARDED:
@@ -115,6 +117,27 @@ def main(folder: Path, backend: str) -> None:
             except EnvironmentProblem as error:
                 seen[-1]["unsharded"] = str(error)
     (folder / f"{backend}-rank-{RANK}.json").write_text(json.dumps(seen))
+
+
+def broken(run, source: Path) -> str:
+    """What is said of a gradient that is not finite, in the third step."""
+    update, backward = Trainer.update, DistEngine.backward
+    step = 0
+
+    def counted(self, part):
+        nonlocal step
+        step = self.progress.step + 1
+        update(self, part)
+
+    Trainer.update = counted
+    DistEngine.backward = lambda self, loss: backward(self, loss * float("nan") if step == 3 else loss)
+    try:
+        run("broken", source)
+    except RunFailed as error:
+        return str(error)
+    finally:
+        Trainer.update, DistEngine.backward = update, backward
+    return "nothing"
 
 
 def drifted(run, source: Path) -> str:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from alignkit.algorithms.dpo import DPO
 from alignkit.core.registry import register
+from alignkit.loop.checkpoint import find_fault
 from alignkit.recipe import dump_recipe, load_recipe
 from alignkit.run import train
 from alignkit.testing import (
@@ -19,6 +21,7 @@ from alignkit.testing import (
     killed_at,
     read_metrics,
     run_processes,
+    toy_rows,
     weight_difference,
     world_recipe,
 )
@@ -54,6 +57,19 @@ class Launched:
         for name in KILLED:
             settings = {"batch_size": 3, "num_epochs": 5, "max_steps": 5, "epochs_per_round": 2, "save_steps": 2}
             self._write("killed", f"{name}-killed", self.benches[name].recipe("killed", **settings))
+
+        self._write_back()
+
+    def _write_back(self) -> None:
+        """Rounds that a rule of drift takes back: the policy ends with the weights that it started from."""
+        bench = self.benches["self_rewarding"]
+        labels = bench.folder / "labels.jsonl"
+        labels.write_text("".join(json.dumps(row) + "\n" for row in toy_rows(DPO, 8)))
+        made = json.loads(bench.recipe("back", batch_size=3).model_dump_json(by_alias=True))
+        made["algorithm"] |= {"prompts_per_round": 7, "rounds": 3}
+        rule = {"metric": "drift/chosen_logps_change", "above": 1e-9, "action": "rollback"}
+        made["drift"] = {"labels": [{"path": str(labels)}], "rules": [rule]}
+        (self.folder / "back.yaml").write_text(dump_recipe(load_recipe(made)))
 
     def _write(self, kind: str, name: str, recipe) -> None:
         (self.folder / kind).mkdir(exist_ok=True)
@@ -171,6 +187,25 @@ def test_export_loads_in_plain_transformers_with_the_same_logits(launched, backe
     with torch.no_grad():
         found, expected = (AutoModelForCausalLM.from_pretrained(folder)(tokens).logits for folder in folders)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rounds_that_drift_are_taken_back(launched, backend):
+    """Weights that are set while they are whole stay, wherever they are kept."""
+    folder = launched.of(backend) / "back"
+    assert read_metrics(folder)[-2]["step"] == 3, "it took the steps of a round"
+    assert find_fault(folder / "checkpoint-4") is None, "the way back counts as a step"
+    assert weight_difference(folder, launched.benches["self_rewarding"].model) == 0.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_that_is_not_finite_stops_the_run_before_the_step(launched, backend):
+    for rank in launched.seen(backend):
+        told = next(facts["broken"] for facts in rank if "broken" in facts)
+        assert told.startswith("step 3: grad_norm not finite; stopped before the step.")
+    folder = launched.folder / backend / "broken"
+    assert find_fault(folder / "checkpoint-2") is None
+    assert len(list((folder / "debug" / "step-3").glob("batch-rank-*.json"))) == 2
 
 
 def test_weights_that_drift_apart_stop_the_run(launched):
