@@ -1,16 +1,14 @@
 """`alignkit rewards`: what there is, what it takes, and whether it can be cheated."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from alignkit import cli
 from alignkit.core import register
 from alignkit.testing import build_tiny_model
-from tests.test_cli import imported_by
+from tests.test_cli import imported_by, run
 
 LETTERS = [(a, b) for a in "abcdef" for b in "xyz"]
 ONLINE = """
@@ -60,15 +58,6 @@ def write(path: str, rows: list[dict[str, Any]]) -> None:
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The exit code of `alignkit rewards ARGUMENTS`, in this process."""
-    monkeypatch.setattr(sys, "argv", ["alignkit", "rewards", *arguments])
-    cli._Verbosity.verbose = cli._Verbosity.quiet = False
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    return int(left.value.code or 0)
-
-
 @pytest.mark.parametrize("arguments", [["rewards"], ["rewards", "show", "length"]])
 def test_looking_is_light(arguments: list[str]) -> None:
     code, seconds, heavy = imported_by(*arguments)
@@ -78,34 +67,34 @@ def test_looking_is_light(arguments: list[str]) -> None:
 
 def test_every_reward_is_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([], ["list"]):
-        assert run(monkeypatch, *arguments) == 0
+        assert run(monkeypatch, "rewards", *arguments) == 0
         listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
         assert listed == register.reward.names()
-        assert run(monkeypatch, *arguments, "--json") == 0
+        assert run(monkeypatch, "rewards", *arguments, "--json") == 0
         assert list(json.loads(capsys.readouterr().out)) == listed
 
 
 def test_a_reward_tells_its_keys(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "show", "length") == 0
+    assert run(monkeypatch, "rewards", "show", "length") == 0
     shown = capsys.readouterr().out
     assert shown.startswith("length\n\nHow long a completion is")
     assert '  form       "count"' in shown
-    assert run(monkeypatch, "show", "http", "--json") == 0
+    assert run(monkeypatch, "rewards", "show", "http", "--json") == 0
     keys = {row["key"]: row for row in json.loads(capsys.readouterr().out)["args"]}
     assert keys["url"]["required"]
     assert keys["batch_size"]["default"] == 64
-    assert run(monkeypatch, "show", "legnth") == 2
+    assert run(monkeypatch, "rewards", "show", "legnth") == 2
     assert "did you mean 'length'" in capsys.readouterr().err
 
 
 def test_a_function_takes_no_args(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine_shown.py").write_text("def kind(completions):\n    '''Says thanks.'''\n", encoding="utf-8")
-    assert run(monkeypatch, "show", "mine_shown:kind") == 0
+    assert run(monkeypatch, "rewards", "show", "mine_shown:kind") == 0
     assert capsys.readouterr().out == "mine_shown:kind\n\nSays thanks.\n\nargs: none\n"
 
 
 def test_a_sound_reward_passes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "probe", "r.yaml", "--strict") == 0
+    assert run(monkeypatch, "rewards", "probe", "r.yaml", "--strict") == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "18 prompts, 18 of them with a real answer"
     assert "no cheap text beats the real answers" in said
@@ -117,11 +106,11 @@ LENGTH = "eval.rewards=[{name: length}]"
 def test_a_reward_that_can_be_cheated_fails_where_that_is_asked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, "probe", "r.yaml", LENGTH) == 0
+    assert run(monkeypatch, "rewards", "probe", "r.yaml", LENGTH) == 0
     # One word is answered; eight are repeated.
     expected = "one word repeated beats the real answers: 8 against 1 on average, ahead on 100 % and level on 0 %"
     assert expected in capsys.readouterr().out
-    assert run(monkeypatch, "probe", "r.yaml", LENGTH, "--strict", "--json", "--rows", "5") == 1
+    assert run(monkeypatch, "rewards", "probe", "r.yaml", LENGTH, "--strict", "--json", "--rows", "5") == 1
     found = json.loads(capsys.readouterr().out)
     assert (found["prompts"], found["answered"]) == (5, 5)
     assert "one word repeated" in found["winners"]
@@ -132,7 +121,7 @@ def test_a_reward_that_can_be_cheated_fails_where_that_is_asked(
 def test_real_answers_may_stand_in_a_column(
     file: str, answered: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, "probe", "r.yaml", f"eval.data=[{{path: {file}}}]", "--strict") == 0
+    assert run(monkeypatch, "rewards", "probe", "r.yaml", f"eval.data=[{{path: {file}}}]", "--strict") == 0
     said = capsys.readouterr().out
     assert f"18 prompts, {answered} of them with a real answer" in said
     assert ("nothing to compare with" in said) == (answered == 0)
@@ -143,7 +132,7 @@ def test_answers_labelled_undesirable_are_no_real_ones(
 ) -> None:
     rows = [{"prompt": f"{a}?", "completion": "no", "label": a == "c", "gold": b} for a, b in LETTERS]
     write("labelled.jsonl", rows)
-    assert run(monkeypatch, "probe", "r.yaml", "eval.data=[{path: labelled.jsonl}]", "--json") == 0
+    assert run(monkeypatch, "rewards", "probe", "r.yaml", "eval.data=[{path: labelled.jsonl}]", "--json") == 0
     assert json.loads(capsys.readouterr().out)["answered"] == 3
 
 
@@ -156,9 +145,9 @@ def test_the_rewards_of_training_come_first_and_are_combined_as_there(
         "data=[{path: asked.jsonl}]",
         "rewards=[{name: exact, args: {column: gold}}, {name: length}]",
     ]
-    assert run(monkeypatch, "probe", "r.yaml", *overrides, "--json") == 0
+    assert run(monkeypatch, "rewards", "probe", "r.yaml", *overrides, "--json") == 0
     assert "one word repeated" in json.loads(capsys.readouterr().out)["winners"]  # 0 + 8 words against 1 + 1
-    assert run(monkeypatch, "probe", "r.yaml", *overrides, "combine.mode=product", "--json") == 0
+    assert run(monkeypatch, "rewards", "probe", "r.yaml", *overrides, "combine.mode=product", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found["standings"]) == ["all rewards", "exact", "length"]
     assert found["winners"] == []
@@ -167,5 +156,5 @@ def test_the_rewards_of_training_come_first_and_are_combined_as_there(
 def test_a_recipe_without_rewards_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, "probe", "r.yaml", "eval.rewards=[]") == 2
+    assert run(monkeypatch, "rewards", "probe", "r.yaml", "eval.rewards=[]") == 2
     assert "neither `rewards` nor `eval.rewards`" in capsys.readouterr().err

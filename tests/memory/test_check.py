@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from alignkit import cli
 from alignkit.core.errors import DataError, RecipeError
 from alignkit.memory.given import GIB, find_config, parse_memory
 from alignkit.plan import check, check_tokens
 from alignkit.recipe import load_recipe, shipped_recipes
 from alignkit.testing import build_tiny_model
+from tests.test_cli import run
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -42,22 +42,13 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("pairs.jsonl").write_text((json.dumps(row) + "\n") * 70, encoding="utf-8")
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The exit code of `alignkit check ARGUMENTS`, in this process."""
-    monkeypatch.setattr(sys, "argv", ["alignkit", "check", *arguments])
-    cli._Verbosity.verbose = cli._Verbosity.quiet = False
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    return int(left.value.code or 0)
-
-
 def test_what_does_not_fit_is_refused_with_changes_that_do(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("config.json").write_text(json.dumps({**CONFIG, "vocab_size": 32000}), encoding="utf-8")
     recipe = ["dpo/qwen-0.5b", "train.micro_batch_tokens=4096", "--config", "config.json", "--world-size", "8"]
     recipe += ["--gpu-memory", "80GB"]
-    assert run(monkeypatch, *recipe) == 2
+    assert run(monkeypatch, "check", *recipe) == 2
     said = capsys.readouterr()
     assert "6.75 B weights, 6.75 B of them trained" in said.out
     assert not said.out.endswith("ok\n")
@@ -66,9 +57,9 @@ def test_what_does_not_fit_is_refused_with_changes_that_do(
     assert len(changes) == 3
     for overrides, peak in changes:
         assert float(peak) <= 80 * 0.92
-        assert run(monkeypatch, *recipe, *overrides.split()) == 0, overrides
+        assert run(monkeypatch, "check", *recipe, *overrides.split()) == 0, overrides
         assert f"fits        {peak} GiB in 80 GiB" in capsys.readouterr().out
-    assert run(monkeypatch, *recipe[:-1], "1GB") == 2
+    assert run(monkeypatch, "check", *recipe[:-1], "1GB") == 2
     assert "Neither gradient checkpointing" in capsys.readouterr().err
 
 
@@ -76,7 +67,7 @@ def test_what_does_not_fit_is_refused_with_changes_that_do(
 def test_cluster_recipes_fit_eight_gpus(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, name, "--config", "config.json", "--gpu-memory", "80GB") == 0
+    assert run(monkeypatch, "check", name, "--config", "config.json", "--gpu-memory", "80GB") == 0
     said = capsys.readouterr().out
     assert "on each of 8 GPUs" in said
     assert "8 processes ×" in said
@@ -104,15 +95,15 @@ def test_seven_billion_weights_are_checked_in_ten_seconds() -> None:
 def test_a_model_that_is_not_here_is_not_predicted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, "dpo/qwen-0.5b") == 0
+    assert run(monkeypatch, "check", "dpo/qwen-0.5b") == 0
     said = capsys.readouterr().out
     assert "memory      not predicted: Qwen/Qwen2.5-0.5B-Instruct is not on this machine; `--config FILE`" in said
     assert "template    unchecked: the tokenizer of Qwen/Qwen2.5-0.5B-Instruct is not on this machine" in said
-    assert run(monkeypatch, "dpo/qwen-0.5b", "--gpu-memory", "80GB") == 2
+    assert run(monkeypatch, "check", "dpo/qwen-0.5b", "--gpu-memory", "80GB") == 2
     assert "nobody can say whether it fits: Qwen/Qwen2.5-0.5B-Instruct is not on" in capsys.readouterr().err
-    assert run(monkeypatch, "dpo/qwen-0.5b", "--gpu-memory", "plenty") == 2
+    assert run(monkeypatch, "check", "dpo/qwen-0.5b", "--gpu-memory", "plenty") == 2
     assert "expected one such as 80GB" in capsys.readouterr().err
-    assert run(monkeypatch, "sft/7b-fsdp2", "--world-size", "4") == 2
+    assert run(monkeypatch, "check", "sft/7b-fsdp2", "--world-size", "4") == 2
     assert "dist.world_size: 8, and --world-size asks about 4" in capsys.readouterr().err
 
 
@@ -121,7 +112,7 @@ def test_a_model_that_cannot_be_followed_is_not_predicted(
 ) -> None:
     shape = {"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512}
     Path("config.json").write_text(json.dumps(shape), encoding="utf-8")
-    assert run(monkeypatch, "dpo/qwen-0.5b-lora", "--config", "config.json") == 0  # peft has no adapters for it
+    assert run(monkeypatch, "check", "dpo/qwen-0.5b-lora", "--config", "config.json") == 0  # peft knows none
     assert "memory      not predicted: the model's code cannot be followed" in capsys.readouterr().out
 
 
