@@ -17,6 +17,9 @@ from tests.launch.conftest import SAVE, Job, until
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("launch")]
 
+AFTER_OTHER = "until [ -e there ]; do sleep 0.05; done"
+"""Shell: wait for the other process, however late a busy machine starts it."""
+
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -50,7 +53,7 @@ def test_each_process_is_told_its_place(stand_in, tmp_path: Path, monkeypatch) -
 
 
 def test_the_exit_code_is_that_of_the_first_to_fail(stand_in) -> None:
-    stand_in("if [ $RANK = 0 ]; then sleep 0.5; exit 1; fi; exit 3")
+    stand_in(f"if [ $RANK = 0 ]; then {AFTER_OTHER}; sleep 0.5; exit 1; fi; touch there; exit 3")
     assert launch.run_processes(["train"], 2) == 3
 
 
@@ -63,7 +66,9 @@ def test_nobody_waits_where_nothing_was_begun(stand_in) -> None:
 
 def test_a_process_that_waits_for_a_lost_one_is_killed(stand_in, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(launch, "GRACE", 0.3)
-    stand_in("trap '' TERM; if [ $RANK = 0 ]; then sleep 60 & echo $! > child; wait; fi; exit 3")
+    stand_in(
+        f"trap '' TERM; if [ $RANK = 0 ]; then sleep 60 & echo $! > child; touch there; wait; fi; {AFTER_OTHER}; exit 3"
+    )
     began = time.monotonic()
     assert launch.run_processes(["train"], 2) == 3
     assert time.monotonic() - began < 10
@@ -72,7 +77,7 @@ def test_a_process_that_waits_for_a_lost_one_is_killed(stand_in, tmp_path: Path,
 
 
 def test_a_killed_process_is_named(stand_in) -> None:
-    stand_in("if [ $RANK = 1 ]; then kill -9 $$; fi; sleep 0.2; exit 1")
+    stand_in(f"if [ $RANK = 1 ]; then touch there; kill -9 $$; fi; {AFTER_OTHER}; sleep 0.2; exit 1")
     with pytest.raises(RunFailed, match="process 1 of 2 was ended by SIGKILL"):
         launch.run_processes(["train"], 2)
 
@@ -81,7 +86,8 @@ def test_a_killed_process_is_named(stand_in) -> None:
 def test_a_signal_reaches_every_process_once(stand_in, tmp_path: Path, number: signal.Signals) -> None:
     name = number.name.removeprefix("SIG")
     stand_in(
-        f"trap 'echo {name} >> said-$RANK' {name}; touch ready-$RANK; for _ in {{1..6}}; do sleep 0.1; done; exit 130"
+        f"trap 'echo {name} >> said-$RANK' {name}; touch ready-$RANK; "
+        "until [ -e said-$RANK ]; do sleep 0.1; done; sleep 0.5; exit 130"
     )
 
     def interrupt() -> None:
