@@ -106,6 +106,13 @@ def test_pairs_to_judge_are_scored_and_apart():
     assert min(apart) == 1 / 8
 
 
+def test_mixed_pairs_hold_every_count_among_any_digits():
+    pairs = toys.mixed_pairs(0, "test", 400, "04", margin=2)
+    assert {answer.count(pair["prompt"]) for pair in pairs for answer in pair["completions"]} == set(range(9))
+    assert {symbol for pair in pairs for answer in pair["completions"] for symbol in answer} == set("0123456789")
+    assert all(abs(pair["scores"][0] - pair["scores"][1]) >= 2 / 8 for pair in pairs)
+
+
 def test_a_verdict_names_the_better_answer_in_either_order():
     pair = {"prompt": "3", "completions": ["33345444", "34455533"], "scores": [0.375, 0.375]}
     better = {**pair, "scores": [0.5, 0.375]}

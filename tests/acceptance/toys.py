@@ -225,12 +225,33 @@ def base_warm_up(seed: int, count: int) -> Rows:
 
 def judge_pairs(seed: int, purpose: str, count: int, prompts: str = digits, *, margin: int = 1) -> list[dict[str, Any]]:
     """Two answers as the warm-up of T2 has them, scored by the task: `margin` symbols or more between them."""
-    rng, pairs = generator(seed, "judge", purpose), []
+    rng = generator(seed, "judge", purpose)
+
+    def answer(prompt: str) -> str:
+        return "".join(rng.choices(_near(prompt), COUNT_CHANCES, k=COUNT_LENGTH))
+
+    return _scored_pairs(answer, count, prompts, margin)
+
+
+def mixed_pairs(seed: int, purpose: str, count: int, prompts: str = digits, *, margin: int = 1) -> list[dict[str, Any]]:
+    """Two answers with any number of the digit among two other digits, scored by the task, `margin` or more apart."""
+    rng = generator(seed, "judge", "broad", purpose)
+
+    def answer(prompt: str) -> str:
+        right = rng.randint(0, COUNT_LENGTH)
+        others = rng.sample(digits.replace(prompt, ""), 2)
+        return "".join(shuffled([prompt] * right + rng.choices(others, k=COUNT_LENGTH - right), rng))
+
+    return _scored_pairs(answer, count, prompts, margin)
+
+
+def _scored_pairs(answer: Callable[[str], str], count: int, prompts: str, margin: int) -> list[dict[str, Any]]:
+    pairs: list[dict[str, Any]] = []
     while len(pairs) < count:
         prompt = prompts[len(pairs) % len(prompts)]
-        answers = ["".join(rng.choices(_near(prompt), COUNT_CHANCES, k=COUNT_LENGTH)) for _ in range(2)]
+        answers = [answer(prompt), answer(prompt)]
         if abs(answers[0].count(prompt) - answers[1].count(prompt)) >= margin:
-            scores = [count_reward(prompt, answer) for answer in answers]
+            scores = [count_reward(prompt, one) for one in answers]
             pairs.append({"prompt": prompt, "completions": answers, "scores": scores})
     return pairs
 
@@ -240,13 +261,13 @@ def judge_prompt(prompt: str, first: str, second: str) -> str:
     return JUDGE_TEMPLATE.format(prompt=prompt, first=first, second=second)
 
 
-def judge_rows(pairs: Iterable[Mapping[str, Any]]) -> Rows:
-    """Every pair in both orders, with the verdict that is right."""
+def judge_rows(pairs: Iterable[Mapping[str, Any]], verdicts: str = "12") -> Rows:
+    """Every pair in both orders, with the verdict that is right: the first of two words, or the second."""
     rows = []
     for pair in pairs:
         (first, second), better = pair["completions"], int(pair["scores"][1] > pair["scores"][0])
-        rows.append({"prompt": judge_prompt(pair["prompt"], first, second), "completion": "12"[better]})
-        rows.append({"prompt": judge_prompt(pair["prompt"], second, first), "completion": "21"[better]})
+        rows.append({"prompt": judge_prompt(pair["prompt"], first, second), "completion": verdicts[better]})
+        rows.append({"prompt": judge_prompt(pair["prompt"], second, first), "completion": verdicts[1 - better]})
     return rows
 
 

@@ -8,39 +8,67 @@ from typing import Any
 
 from tests.acceptance import online, toys
 from tests.acceptance.bench import Bench, Figure, method
-from tests.acceptance.judge_task import NUM_WARM_UP, JudgeTask
+from tests.acceptance.judge_task import NUM_HELD_OUT, NUM_WARM_UP, JudgeTask
 
 KNOWN, HIDDEN = digits[:5], digits[5:]
-ROUNDS, STEPS, NUM_SAMPLES = 120, 4, 100
+ROUNDS, STEPS, NUM_SAMPLES = 50, 3, 100
 """Rounds of writing, optimizer steps in each; samples a digit."""
-NUM_PROMPTS = {"verifiable": 8, "open": 8, "preference": 208}
+NUM_PROMPTS = {"verifiable": 8, "open": 8, "preference": 104}
 """Prompts of a round. A verdict is one token and needs many questions, none asked twice, to be learned as a rule."""
-WEIGHTS = {"verifiable": 1, "open": 2}
-"""What the advantages of a task are multiplied by."""
-MARGIN = 2
-"""Symbols between the answers of a pair to learn from; those it is measured on may lie one apart."""
+BETA, WEIGHTS = 0.1, {"verifiable": 1, "open": 2}
+"""Weight of the divergence from the start; what the advantages of a task are multiplied by."""
+VOTES = 7
+"""Others of a group of eight that an answer is judged against: all there are."""
 MIN_STD = 0.1
 """Spread of rewards below which a group teaches nothing, since a judge's noise would count as much as a difference."""
+MIN_P = 0.1
+"""What is less likely than a tenth of the likeliest is not drawn: the player tries nothing its warm-up never had."""
+FORM = r"\d{8}"
+"""What an open answer must look like: the judge has met no others."""
+NUM_COMPARED, NUM_EXAMPLES = 2_400, 30
+"""Steps in which the base learns to compare; pairs from which it learns to say so in a verdict."""
+SYMBOLS = [*toys.JUDGE_SYMBOLS, "<", ">"]
+"""Those of T5 and the words of the base for the better answer, the first or the second."""
 
 
 class RefereeTask(JudgeTask):
-    """T5 with a referee that has met many pairs, each seldom, so that it doubts: one that is sure of few that it knows
-    by heart gives the same verdict eight times, and equal rewards teach nothing."""
+    """T5 with a base that can compare answers and has no verdicts yet, as a pretrained model is before it is a judge.
+
+    What few pairs teach it to say, it then says of every digit. Its pairs hold any number of the digit among any
+    others: one that has seen answers of the warm-up alone goes by their other symbols, and is fooled by better players.
+    """
+
+    layers = 3
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__(bench)
+        self.held_out = toys.mixed_pairs(self.seed, "held-out", NUM_HELD_OUT)
+
+    @cached_property
+    def base(self) -> Path:
+        """SFT from random weights on other answers and on comparisons, of which a third are easy."""
+        folder = self.bench.folder / "referee-random"
+        toys.tiny_model(self.seed, SYMBOLS, layers=self.layers).save_pretrained(folder)
+        toys.tiny_tokenizer(SYMBOLS).save_pretrained(folder)
+        easy = toys.mixed_pairs(self.seed, "easy", NUM_COMPARED * 8, margin=4)
+        hard = toys.mixed_pairs(self.seed, "hard", NUM_COMPARED * 16)
+        answers = toys.base_warm_up(self.seed, NUM_WARM_UP)
+        data = [(answers, 1.0), (toys.judge_rows(easy, "<>"), 1.0), (toys.judge_rows(hard, "<>"), 2.0)]
+        return self._sft("referee-base", folder, data, max_steps=NUM_COMPARED, lr_scheduler="cosine")
 
     @cached_property
     def start(self) -> Path:
-        """SFT of the base on the answers of T2 and, as often, on verdicts on other pairs each time: 350 steps."""
+        """SFT of the base on the answers of T2 and, as often, on verdicts on few pairs of all digits: 45 steps."""
         answers = toys.count_warm_up(self.seed, NUM_WARM_UP)
-        verdicts = toys.judge_rows(toys.judge_pairs(self.seed, "examples", NUM_WARM_UP // 2))
-        return self._sft(
-            "referee-warm-up", self.base, [(answers, 1), (verdicts, 1)], max_steps=350, lr_scheduler="cosine"
-        )
+        verdicts = toys.judge_rows(toys.mixed_pairs(self.seed, "examples", NUM_EXAMPLES))
+        data = [(answers, 1.0), (verdicts, NUM_WARM_UP / len(verdicts))]
+        return self._sft("referee-warm-up", self.base, data, max_steps=45, lr_scheduler="cosine", learning_rate=1e-3)
 
     def learn(self, name: str, *, preference: bool = True) -> Path:
         """The run on all three tasks, or on the other two; open prompts wait for nothing, since the start can judge."""
         form = {"template": self.judge["args"]["template"]}
         num = {kind: ROUNDS * count for kind, count in NUM_PROMPTS.items() if preference or kind != "preference"}
-        pairs = toys.judge_pairs(self.seed, "preference", num.get("preference", 0), KNOWN, margin=MARGIN)
+        pairs = toys.mixed_pairs(self.seed, "preference", num.get("preference", 0), KNOWN)
         entries: list[tuple[str, toys.Rows | list[dict[str, Any]], dict[str, Any]]] = [
             ("verifiable", [{"prompt": KNOWN[i % len(KNOWN)]} for i in range(num["verifiable"])], {}),
             ("open", [{"prompt": HIDDEN[i % len(HIDDEN)]} for i in range(num["open"])], {}),
@@ -61,15 +89,21 @@ class RefereeTask(JudgeTask):
                 "ramp_steps": 0,
                 "task_weights": WEIGHTS,
                 "min_std": MIN_STD,
+                "beta": BETA,
                 "prompts_per_round": prompts,
             },
             "rewards": [
                 {"name": f"{online.__name__}:count", "when": "verifiable"},
                 {"name": "referee_rank", "when": "preference", "args": form},
-                {"name": "self_referee", "when": "open", "args": {**form, "max_tokens": 2}},
+                {"name": "self_referee", "when": "open", "args": {**form, "max_tokens": 2, "votes": VOTES}},
+                {"name": "regex", "when": "open", "args": {"pattern": FORM, "mode": "fullmatch"}},
             ],
             "combine": {"route": "task"},
-            "rollout": {"num_generations": online.NUM_GENERATIONS, "max_completion_length": online.LONGEST},
+            "rollout": {
+                "num_generations": online.NUM_GENERATIONS,
+                "max_completion_length": online.LONGEST,
+                "min_p": MIN_P,
+            },
             "train": {
                 "max_steps": ROUNDS * STEPS,
                 "batch_size": prompts * online.NUM_GENERATIONS // STEPS,
