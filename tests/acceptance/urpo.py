@@ -34,8 +34,10 @@ SYMBOLS = [*toys.JUDGE_SYMBOLS, "<", ">"]
 class RefereeTask(JudgeTask):
     """T5 with a base that can compare answers and has no verdicts yet, as a pretrained model is before it is a judge.
 
-    What few pairs teach it to say, it then says of every digit. Its pairs hold any number of the digit among any
-    others: one that has seen answers of the warm-up alone goes by their other symbols, and is fooled by better players.
+    It departs from T5 in two ways. The base was taught to compare answers to all ten digits by the true rule, in two
+    other words: what is shown is that preference rows on five digits bring this out in verdicts on the other five, not
+    that the rule is learned from them. And pairs hold any number of the digit among any others: a judge that has seen
+    answers of the warm-up alone goes by their other symbols, and is fooled by better players.
     """
 
     layers = 3
