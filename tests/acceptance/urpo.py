@@ -1,5 +1,6 @@
 """URPO on T5: a rule scores the answers to five digits, the model itself those to the five others."""
 
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -25,7 +26,7 @@ MIN_P = 0.1
 """What is less likely than a tenth of the likeliest is not drawn: the player tries nothing its warm-up never had."""
 FORM = r"\d{8}"
 """What an open answer must look like: the judge has met no others."""
-NUM_COMPARED, NUM_EXAMPLES = 2_400, 30
+NUM_COMPARED, NUM_EXAMPLES = 2_400, 15
 """Steps in which the base learns to compare; pairs from which it learns to say so in a verdict."""
 SYMBOLS = [*toys.JUDGE_SYMBOLS, "<", ">"]
 """Those of T5 and the words of the base for the better answer, the first or the second."""
@@ -125,11 +126,12 @@ class RefereeTask(JudgeTask):
         drawn = sample(run, list(HIDDEN), num=NUM_SAMPLES, temperature=1.0, max_tokens=online.LONGEST)
         return fmean(toys.count_reward(one["prompt"], one["completion"]) for one in drawn)
 
-    def accuracy(self, run: Path) -> float:
-        """Share of right verdicts, the likeliest one on each held-out pair of the known digits in either order."""
+    def accuracy(self, run: Path, pairs: Sequence[Mapping[str, Any]] | None = None) -> float:
+        """Share of right verdicts, the likeliest one on each pair of the known digits in either order: held-out pairs
+        unless others are given."""
         from alignkit.run import sample
 
-        rows = toys.judge_rows(pair for pair in self.held_out if pair["prompt"] in KNOWN)
+        rows = toys.judge_rows(pair for pair in pairs or self.held_out if pair["prompt"] in KNOWN)
         asked = {row["prompt"]: row["completion"] for row in rows}
         drawn = sample(run, list(asked), num=1, temperature=0.0, max_tokens=2)
         return fmean(one["completion"] == asked[one["prompt"]] for one in drawn)
@@ -141,9 +143,11 @@ def measure(bench: Bench) -> list[Figure]:
     run, alone = task.learn("urpo"), task.learn("urpo-alone", preference=False)
     start, judged = task.hidden_reward(task.start), task.accuracy(task.start)
     hidden, right = task.hidden_reward(run), task.accuracy(run)
+    plain = toys.judge_pairs(task.seed, "held-out", NUM_HELD_OUT)
     return [
         Figure("T5, start: verdicts that are right", judged, at_least=0.6, at_most=0.7),
         Figure("T5: verdicts that are right", right, at_least=0.85, start=judged),
+        Figure("T5: the same of pairs of warm-up answers", task.accuracy(run, plain), at_least=0.85),
         Figure("T5: reward where the rule is hidden, over the start's", hidden - start, at_least=0.25),
         Figure("T5: the same over that without preference rows", hidden - task.hidden_reward(alone), at_least=0.01),
         Figure("T5: right verdicts over those without preference rows", right - task.accuracy(alone), at_least=0.01),
