@@ -37,19 +37,27 @@ class JudgeTask(OnlineTask):
 
     layers = 2
     """Of the model."""
+    symbols: Sequence[str] = toys.JUDGE_SYMBOLS
+    """What it reads and writes."""
 
     def __init__(self, bench: Bench) -> None:
         super().__init__(bench)
         self.held_out = toys.judge_pairs(self.seed, "held-out", NUM_HELD_OUT)
 
     @cached_property
+    def random(self) -> Path:
+        """Random weights, and the tokenizer."""
+        folder = self.bench.folder / f"judge-random-{self.layers}"
+        toys.tiny_model(self.seed, self.symbols, layers=self.layers).save_pretrained(folder)
+        toys.tiny_tokenizer(self.symbols).save_pretrained(folder)
+        return folder
+
+    @cached_property
     def base(self) -> Path:
         """Before the warm-up of T2: SFT from random weights on other answers, 250 steps of 64."""
-        folder = self.bench.folder / f"judge-random-{self.layers}"
-        toys.tiny_model(self.seed, toys.JUDGE_SYMBOLS, layers=self.layers).save_pretrained(folder)
-        toys.tiny_tokenizer(toys.JUDGE_SYMBOLS).save_pretrained(folder)
         rows = toys.base_warm_up(self.seed, NUM_WARM_UP)
-        return self._sft(f"judge-base-{self.layers}", folder, [(rows, 1)], max_steps=250, lr_scheduler="constant")
+        name = f"judge-base-{self.layers}"
+        return self._sft(name, self.random, [(rows, 1)], max_steps=250, lr_scheduler="constant")
 
     @cached_property
     def start(self) -> Path:

@@ -28,8 +28,6 @@ FORM = r"\d{8}"
 """What an open answer must look like: the judge has met no others."""
 NUM_COMPARED, NUM_EXAMPLES = 2_400, 15
 """Steps in which the base learns to compare; pairs from which it learns to say so in a verdict."""
-SYMBOLS = [*toys.JUDGE_SYMBOLS, "<", ">"]
-"""Those of T5 and the words of the base for the better answer, the first or the second."""
 
 
 class RefereeTask(JudgeTask):
@@ -42,6 +40,8 @@ class RefereeTask(JudgeTask):
     """
 
     layers = 3
+    symbols = (*toys.JUDGE_SYMBOLS, "<", ">")
+    """Those of T5 and the words of the base for the better answer, the first or the second."""
 
     def __init__(self, bench: Bench) -> None:
         super().__init__(bench)
@@ -50,14 +50,11 @@ class RefereeTask(JudgeTask):
     @cached_property
     def base(self) -> Path:
         """SFT from random weights on other answers and on comparisons, of which a third are easy."""
-        folder = self.bench.folder / "referee-random"
-        toys.tiny_model(self.seed, SYMBOLS, layers=self.layers).save_pretrained(folder)
-        toys.tiny_tokenizer(SYMBOLS).save_pretrained(folder)
         easy = toys.mixed_pairs(self.seed, "easy", NUM_COMPARED * 8, margin=4)
         hard = toys.mixed_pairs(self.seed, "hard", NUM_COMPARED * 16)
         answers = toys.base_warm_up(self.seed, NUM_WARM_UP)
         data = [(answers, 1.0), (toys.judge_rows(easy, "<>"), 1.0), (toys.judge_rows(hard, "<>"), 2.0)]
-        return self._sft("referee-base", folder, data, max_steps=NUM_COMPARED, lr_scheduler="cosine")
+        return self._sft("referee-base", self.random, data, max_steps=NUM_COMPARED, lr_scheduler="cosine")
 
     @cached_property
     def start(self) -> Path:
