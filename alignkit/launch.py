@@ -86,8 +86,9 @@ def run_processes(arguments: Sequence[str], count: int) -> int:
         for process in processes:
             process.send_signal(number)
 
-    # What nohup made us ignore, the processes ignore too.
-    heard = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
+    # SIGHUP stays ignored under nohup. SIGINT does not where a script started us in the background: the loop hears it.
+    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    heard = [number for number in FORWARDED if not (nohup and number == signal.SIGHUP)]
     before = {number: signal.signal(number, forward) for number in heard}
     try:
         for rank in range(count):

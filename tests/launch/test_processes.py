@@ -6,7 +6,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,7 @@ from tests.launch.conftest import SAVE, Job, until
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("launch")]
 
-AFTER_OTHER = "until [ -e there ]; do sleep 0.05; done"
+AFTER_OTHER = "until [ -e there ] || (( SECONDS > 60 )); do sleep 0.05; done"
 """Shell: wait for the other process, however late a busy machine starts it."""
 
 
@@ -82,25 +84,56 @@ def test_a_killed_process_is_named(stand_in) -> None:
         launch.run_processes(["train"], 2)
 
 
+@pytest.fixture
+def disposed() -> Iterator[Callable[[signal.Signals, Any], None]]:
+    """Set what this process does on a signal. A job that a script started in the background ignores SIGINT."""
+    before: dict[signal.Signals, Any] = {}
+
+    def dispose(number: signal.Signals, handler: Any) -> None:
+        before[number] = signal.signal(number, handler)
+
+    yield dispose
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN], ids=["default", "ignored"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_reaches_every_process_once(stand_in, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_reaches_every_process_once(stand_in, disposed, tmp_path: Path, number, handler) -> None:
+    """Also one that was ignored when the command was started, as a run of one process hears it."""
     name = number.name.removeprefix("SIG")
     stand_in(
         f"trap 'echo {name} >> said-$RANK' {name}; touch ready-$RANK; "
-        "until [ -e said-$RANK ]; do sleep 0.1; done; sleep 0.5; exit 130"
+        "until [ -e said-$RANK ] || (( SECONDS > 60 )); do sleep 0.1; done; sleep 0.5; exit 130"
     )
+    disposed(number, handler)
 
     def interrupt() -> None:
         until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "two processes", 20)
         os.kill(os.getpid(), number)
 
-    before = signal.getsignal(number)
     thread = threading.Thread(target=interrupt)
     thread.start()
     assert launch.run_processes(["train"], 2) == 130
     thread.join()
     assert [(tmp_path / f"said-{rank}").read_text().split() for rank in (0, 1)] == [[name], [name]]
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(number) is handler
+
+
+def test_nohup_counts_for_every_process(stand_in, disposed, tmp_path: Path) -> None:
+    """SIGHUP is the one that stays ignored, here and in the processes."""
+    stand_in(f"touch ready-$RANK; {AFTER_OTHER}; kill -HUP $$; exit 0")
+    disposed(signal.SIGHUP, signal.SIG_IGN)
+
+    def hang_up() -> None:
+        until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "two processes", 20)
+        os.kill(os.getpid(), signal.SIGHUP)
+        (tmp_path / "there").touch()
+
+    thread = threading.Thread(target=hang_up)
+    thread.start()
+    assert launch.run_processes(["train"], 2) == 0
+    thread.join()
 
 
 def test_a_process_that_a_forwarded_signal_ends_was_stopped(stand_in, tmp_path: Path) -> None:
