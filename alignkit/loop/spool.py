@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -67,8 +68,10 @@ class DiskSpool:
             if not old.name.startswith(f"step-{version}-"):
                 old.unlink()
         temporary = path.with_name(f".writing-{path.name}")
-        text = json.dumps({"of": [group.id for group in groups], "groups": kept})
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps({"of": [group.id for group in groups], "groups": kept}))
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the name without what it names
         temporary.replace(path)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from alignkit.loop import checkpoint
+from alignkit.loop.spool import DiskSpool
 from alignkit.loop.trainer import Trainer
 from alignkit.track.sinks import JsonlSink
 
@@ -77,6 +78,23 @@ def kill_in_record(step: int) -> None:
         log(self, record)
 
     JsonlSink.log = half  # type: ignore[method-assign]
+
+
+def kill_in_phase(phase_and_step: tuple[str, int]) -> None:
+    """Die when this phase of the round that begins at this step is done, with half of it on disk."""
+    phase, step = phase_and_step
+    write = DiskSpool._write
+
+    def half(handle: int) -> None:
+        os.ftruncate(handle, os.fstat(handle).st_size // 2)
+        die()
+
+    def dying(self: DiskSpool, path: Path, *what: Any) -> None:
+        if path.name.startswith(f"step-{step}-0-{phase}-"):
+            os.fsync = half
+        write(self, path, *what)
+
+    DiskSpool._write = dying  # type: ignore[method-assign]
 
 
 def nan_in_weights(step: int) -> None:

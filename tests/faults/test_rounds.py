@@ -1,16 +1,19 @@
 """Killed in any phase of a round and resumed, a run ends as if nothing had happened, and redoes nothing finished."""
 
 import json
+import signal
 from contextlib import contextmanager
 
 import pytest
 
 from alignkit import assemble
 from alignkit.algorithms.dpo import DPO
-from alignkit.recipe import load_recipe
+from alignkit.recipe import dump_recipe, load_recipe
 from alignkit.run import resume, train
 from alignkit.testing import Bench, Killed, comparable_metrics, digest, killed_at, toy_rows
 from alignkit.track.folder import read_lines
+from tests.faults import plants
+from tests.faults.process import alignkit
 
 pytestmark = pytest.mark.xdist_group("faults-rounds")
 
@@ -123,3 +126,35 @@ def test_killed_again_and_again_equals_unbroken(bench, whole, going_back):
     assert digest(bench.folder / "worn") == digest(whole)
     assert comparable_metrics(bench.folder / "worn") == comparable_metrics(whole)
     assert (bench.folder / "worn" / "rounds.jsonl").read_bytes() == (whole / "rounds.jsonl").read_bytes()
+
+
+def in_a_process(bench, name, verb="train", plant=None):
+    """`alignkit train` or `resume` in a process of its own."""
+    path = bench.folder / f"{name}.yaml"
+    path.write_text(dump_recipe(recipe(bench, name)), encoding="utf-8")
+    told = path if verb == "train" else bench.folder / name
+    return alignkit(verb, told, said=bench.folder / f"{name}-{verb}.log", plant=plant)
+
+
+@pytest.fixture(scope="module")
+def untouched(bench):
+    code, said = in_a_process(bench, "untouched")
+    assert code == 0, said
+    return bench.folder / "untouched"
+
+
+@pytest.mark.parametrize("step", [0, STEPS, 2 * STEPS])
+@pytest.mark.parametrize("phase", ["written", "scored", "updated"])
+def test_a_process_ended_by_kill_9_goes_on_to_the_same_bits(bench, untouched, phase, step):
+    """Half of what was written or scored is on disk, or a step is half done."""
+    plant = (plants.kill_in_step, step + 2) if phase == "updated" else (plants.kill_in_phase, (phase, step))
+    name = f"{phase}-{step}"
+    code, said = in_a_process(bench, name, plant=plant)
+    assert code == -signal.SIGKILL, said
+    code, said = in_a_process(bench, name, "resume")
+    assert code == 0, said
+    found = bench.folder / name
+    assert digest(found) == digest(untouched)
+    assert comparable_metrics(found) == comparable_metrics(untouched)
+    for file in ("rounds.jsonl", "samples.jsonl"):
+        assert (found / file).read_bytes() == (untouched / file).read_bytes()
