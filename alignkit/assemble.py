@@ -35,7 +35,7 @@ from alignkit.loop.evaluate import Evaluator
 from alignkit.loop.optim import build_optimizer, build_scheduler
 from alignkit.loop.rollouts import Rollouts, completion_metrics
 from alignkit.loop.round import Progress, Round
-from alignkit.loop.spool import DiskSpool
+from alignkit.loop.spool import SPOOLED, DiskSpool
 from alignkit.loop.trainer import Trainer
 from alignkit.models.config import RosterModelConfig
 from alignkit.models.heads import members
@@ -446,7 +446,7 @@ def _rollouts(
     else:
         engine = _Autocast(build_sampler(policy, renderer, recipe.rollout, recipe.seed), policy.dist)
     shown = files[1] if files else None
-    spool = DiskSpool(Path(recipe.output_dir) / "rounds", world)
+    spool = DiskSpool(Path(recipe.output_dir) / SPOOLED, world)
     return Rollouts(
         stream,
         engine,

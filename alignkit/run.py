@@ -29,6 +29,7 @@ from alignkit.data.shapes import BadRow, Example
 from alignkit.dist.engine import DistEngine
 from alignkit.dist.launcher import adopt_launcher, is_lost_peer, launched_rank
 from alignkit.loop.checkpoint import disk_problem, find_fault, is_disk_problem
+from alignkit.loop.spool import SPOOLED
 from alignkit.models.heads import detached, head_names, mixed
 from alignkit.models.load import DTYPES, load_renderer, load_writer
 from alignkit.models.policy import CausalPolicy
@@ -43,7 +44,7 @@ RECIPE_FILE = "recipe.resolved.yaml"
 RUN_FILES = (
     *("recipe.resolved.yaml", "departures.yaml", "run.lock", "data_report.json", "metrics.jsonl", "samples.jsonl"),
     *("checkpoint-*", ".writing-*", "debug", "rollout", "runs", "wandb", "report.html", "README.md"),
-    *("best", "best.json", "rounds", "rounds.jsonl"),
+    *("best", "best.json", SPOOLED, "rounds.jsonl"),
     *("*.safetensors", "member-*", "critic", "*.safetensors.index.json", "*config.json", "chat_template.jinja"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
 )
@@ -512,6 +513,7 @@ def _finish(recipe: Recipe, folder: Path, run: Assembled, console: Console, with
             _export(run, folder, DTYPES[recipe.model.dtype])
             best = _export_best(recipe, folder, run)
     if trainer.dist.is_main:
+        shutil.rmtree(folder / SPOOLED, ignore_errors=True)  # of use only to a run that ends within a round
         for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             metrics |= json.loads(line)
         write_card(

@@ -12,6 +12,9 @@ from typing import Any
 from alignkit.core.contracts import World
 from alignkit.core.types import Completion, Group, Score
 
+SPOOLED = "rounds"
+"""Name of the folder within that of the run."""
+
 
 class DiskSpool:
     """Groups of the newest round, phase by phase, each file whole or absent.

@@ -158,3 +158,4 @@ def test_a_process_ended_by_kill_9_goes_on_to_the_same_bits(bench, untouched, ph
     assert comparable_metrics(found) == comparable_metrics(untouched)
     for file in ("rounds.jsonl", "samples.jsonl"):
         assert (found / file).read_bytes() == (untouched / file).read_bytes()
+    assert not (found / "rounds").exists(), "what a round wrote is of no use to a finished run"
