@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
@@ -51,7 +51,14 @@ from alignkit.models.merged import save_merged
 from alignkit.models.policy import CausalPolicy
 from alignkit.models.roster import OLD
 from alignkit.recipe import Recipe, prompts_per_round, recipe_rewards, refuse_quantized
-from alignkit.rewards.pipeline import build_sources, check_columns, reward_metrics, reward_name, score_groups
+from alignkit.rewards.pipeline import (
+    build_sources,
+    check_asked,
+    check_columns,
+    reward_metrics,
+    reward_name,
+    score_groups,
+)
 from alignkit.rollout.config import SamplingConfig
 from alignkit.rollout.given import GivenCompletions
 from alignkit.rollout.models import RunModels
@@ -169,6 +176,7 @@ def assemble(recipe: Recipe, dist: DistEngine, console: Console) -> Assembled:
     )
     progress = plan_progress(recipe, stream, algorithm)
     scorers = _Scorers(recipe, algorithm)
+    scorers.check_asked({*recipe.models, *needs.roster, *needs.starts})
     roster, models = build_models(recipe, policy, algorithm, renderer, sample, scorers.models, lambda: progress.version)
     policy.prepare(
         lambda: build_optimizer(policy.parameters(), recipe.train, policy.critic_parameters()),
@@ -359,6 +367,10 @@ class _Scorers:
         self.of_rounds, self.of_evaluations = build_sources(given), build_sources(self.eval_config.rewards)
         self._combine = recipe.combine
         self._eval_combine = CombineConfig() if recipe.eval.rewards else recipe.combine
+
+    def check_asked(self, known: Collection[str]) -> None:
+        """Raises RecipeError where some reward asks a model that is none of these."""
+        check_asked([*self.of_rounds, *self.of_evaluations], known)
 
     @property
     def models(self) -> set[str]:

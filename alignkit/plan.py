@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from math import ceil, lcm
@@ -34,6 +34,7 @@ from alignkit.recipe import (
     recipe_rewards,
     units_per_prompt,
 )
+from alignkit.rewards.pipeline import build_sources, check_asked, required_columns
 
 PEEKED_ROWS = 64
 """Rows of a data entry that are looked at."""
@@ -70,11 +71,40 @@ def check(recipe: Recipe, world_size: int | None = None) -> list[str]:
             lines.append(f"{key:<11} {_describe_data(entry, needs, recipe.algorithm.name)}")
         except DataError as error:
             mistakes.add(recipe.origin.place(f"{key}.path"), key, str(error))
+    _check_rewards(recipe, method, mistakes)
     mistakes.stop_if_any()
     if needs.rewards:
         lines += _rollout_lines(recipe, method)
     lines += [*_eval_lines(recipe), *_drift_lines(recipe)]
     return [*lines, *_batch_lines(recipe, method, ranks)]
+
+
+def _check_rewards(recipe: Recipe, method: Algorithm[Any], mistakes: Mistakes) -> None:
+    """Notes rewards that cannot be made, that ask models which are not there, or read columns that the data lacks."""
+    known = {*recipe.models, *method.needs.roster, *method.needs.starts}
+    of_rounds = recipe_rewards(recipe) if method.needs.rewards else []
+    blocks = {"rewards": (of_rounds, recipe.data), "eval.rewards": (recipe.eval.rewards, recipe.eval.data)}
+    for block, (rewards, entries) in blocks.items():
+        for i, reward in enumerate(rewards):
+            key = f"{block}.{i}"
+            try:
+                ((_, source),) = sources = build_sources([reward])
+                check_asked(sources, known)
+                for entry in entries if reward.when is None else ():  # else only the rows tell which it scores
+                    _check_columns(entry, required_columns(reward, source))
+            except (RecipeError, DataError) as error:
+                mistakes.add(recipe.origin.place(key), key, str(error))
+
+
+def _check_columns(entry: DataConfig, required: Sequence[str]) -> None:
+    """Raises DataError where the first rows tell that a column is not there; operations may write some."""
+    columns = None if entry.operations else _columns(entry)
+    missing = [] if columns is None else [name for name in required if name not in columns]
+    if columns is not None and missing:
+        raise DataError(
+            f"it reads the column {missing[0]!r}, which {entry.path} lacks; there are {', '.join(columns)}. "
+            f"`fields: {{{missing[0]}: THEIR_COLUMN}}` in that entry maps it"
+        )
 
 
 def processes(recipe: Recipe, asked: int | None = None) -> int:

@@ -20,6 +20,7 @@ from alignkit.core.config import AlgorithmConfig, CombineConfig, Config, Iterati
 from alignkit.core.contracts import Algorithm
 from alignkit.core.documents import (
     Block,
+    Entry,
     Items,
     Mistakes,
     Node,
@@ -31,6 +32,7 @@ from alignkit.core.documents import (
     join,
     merge,
     parse,
+    retyped,
 )
 from alignkit.core.errors import RecipeError
 from alignkit.core.reading import ConfigReader, did_you_mean, type_scalar
@@ -43,7 +45,7 @@ from alignkit.dist.config import WHOLE_SHARDED, DistConfig
 from alignkit.files import note_missing_files
 from alignkit.loop.config import DriftConfig, EvalConfig, TrainConfig
 from alignkit.models.config import ModelConfig, RosterModelConfig
-from alignkit.rewards.config import RewardConfig
+from alignkit.rewards.config import NO_ARGS, RewardConfig, args_type
 from alignkit.rewards.transforms import TransformConfig, find_transform
 from alignkit.rollout.config import RolloutConfig
 from alignkit.rollout.guides import GuideConfig, find_guide
@@ -227,6 +229,7 @@ class _Reading:
     def __init__(self, root: Block, mistakes: Mistakes) -> None:
         self.root, self.mistakes = root, mistakes
         self.algorithm: Registered | None = None
+        self.presets: dict[str, Mapping[str, Any]] = {}
         self.reader = ConfigReader(mistakes, self._choose, self._advise)
 
     def read(self) -> Recipe | None:
@@ -263,9 +266,9 @@ class _Reading:
         if declared in NAMED_ENTRIES:
             return self._named(declared, block, path)
         if declared is RewardConfig:
-            self._check_named(block, "name", path, register.reward.get)
+            self._read_args(block, path)
         if declared is not AlgorithmConfig:
-            return declared, {}
+            return declared, self.presets.get(path, {})
         self._check_named(block, "loss", path, load_object)
         if self.algorithm is not None:
             return config_type(self.algorithm), self.algorithm.preset
@@ -290,6 +293,30 @@ class _Reading:
             self.mistakes.add(named.node.place, join(path, "name"), str(error))
             return None
         return config_type(entry), entry.preset
+
+    def _read_args(self, block: Block, path: str) -> None:
+        """Gives a reward's `args` the types that its source declares, with every mistake noted where it stands."""
+        name, args, where = block.entries.get("name"), block.entries.get("args"), join(path, "args")
+        if name is None or not isinstance(name.node, Scalar) or is_null(name.node):
+            return
+        node = Block(block.place, {}) if args is None else args.node
+        try:
+            entry = register.reward.get(str(name.node.value))
+            takes = args_type(entry)
+        except RecipeError as error:
+            self.mistakes.add(name.node.place, join(path, "name"), str(error))
+            return
+        if not isinstance(node, Block):
+            return  # the entry's own reading tells
+        if takes is None:
+            if node.entries:
+                self.mistakes.add(node.place, where, NO_ARGS)
+            return
+        self.presets[where] = entry.preset
+        found = self.reader.read(node, takes, where)
+        if found is not None and args is not None:
+            typed = {info.alias or name: getattr(found, name) for name, info in takes.model_fields.items()}
+            block.entries["args"] = Entry(args.place, retyped(node, typed))
 
     def _check_named(self, block: Block, key: str, path: str, find: Any) -> None:
         """Notes that what `key` names does not exist."""

@@ -358,6 +358,29 @@ def test_check_looks_at_columns(
     assert "  r.yaml:3:15  data.0  " in told
 
 
+@pytest.mark.parametrize(
+    ("rewards", "said"),
+    [
+        (
+            "[{name: exact}]",
+            "it reads the column 'answer', which pairs.jsonl lacks; there are prompt, chosen, rejected",
+        ),
+        ("[{name: exact, args: {column: prompt}}]", None),
+        ("[{name: judge, args: {template: nowhere.txt}}]", "there is no template 'nowhere.txt'"),
+        ("[{name: judge, args: {model: referense}}]", "which nothing says where to find; did you mean 'reference'?"),
+        ("[{name: judge, args: {model: reference}}]", None),
+        ("[{name: length}, {name: judge, args: {model: jury}}]", "others stand in the recipe: `models: {jury: {from:"),
+    ],
+)
+def test_check_makes_the_rewards(
+    rewards: str, said: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampled = ["eval.data=[{path: pairs.jsonl}]", "eval.num_samples=2", f"eval.rewards={rewards}"]
+    assert run(monkeypatch, "check", "r.yaml", *sampled) == (0 if said is None else 2)
+    told = capsys.readouterr().err
+    assert said is None or (said in told and f"eval.rewards.{rewards.count('}, {')}  " in told)
+
+
 def test_check_reads_csv_headers_and_says_what_it_does_not_read() -> None:
     with gzip.open("pairs.csv.gz", "wt", encoding="utf-8") as file:
         file.write("question,chosen,rejected\np,a,b\n")

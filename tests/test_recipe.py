@@ -125,11 +125,12 @@ def test_written_recipe_reloads_equal(source: str) -> None:
     "text", ["null", "none", "~", "", "on", "1e-6", "0x10", "12", "a: b", "# x", "é\n z ", "'", "[a"]
 )
 def test_awkward_text_survives_writing(text: str) -> None:
+    free = [text, 1e-6, None, True]
     mapping = changed(
         env={"AWKWARD": text.replace("\0", "")},
         eval={
             **SAMPLED,
-            "rewards": [{"name": "word_valence", "args": {"free": text, "list": [text, 1e-6, None, True]}}],
+            "rewards": [{"name": "verl", "args": {"function": "my:f", "kwargs": {text: text, "list": free}}}],
         },
         model={"name_or_path": text, "revision": text},
     )
@@ -137,7 +138,7 @@ def test_awkward_text_survives_writing(text: str) -> None:
     again = load_recipe(write("again.yaml", dump_recipe(recipe)))
     assert again == recipe
     assert again.model.revision == text
-    assert again.eval.rewards[0].args == {"free": text, "list": [text, 1e-6, None, True]}
+    assert again.eval.rewards[0].args == {"function": "my:f", "kwargs": {text: text, "list": free}}
 
 
 def test_departures_are_what_differs_from_the_defaults() -> None:
@@ -437,3 +438,48 @@ def test_a_base_config_is_no_algorithm_block() -> None:
     with pytest.raises(RecipeError):
         Recipe.model_validate(changed(algorithm={"name": "nope"}))
     assert isinstance(Recipe.model_validate(MINIMAL).algorithm, AlgorithmConfig)
+
+
+SCORED = """\
+output_dir: runs/scored
+model: {name_or_path: owner/model}
+data: [{path: owner/prompts}]
+algorithm: {name: self_rewarding}
+rewards:
+  - name: judge
+    args: ARGS
+train: {batch_size: 8}
+"""
+
+
+@pytest.mark.parametrize(
+    ("args", "mistake"),
+    [
+        ("{mdoe: pairwise}", "r.yaml:7:12  rewards.0.args.mdoe  unknown key; did you mean 'mode'?"),
+        ("{votes: 0}", "r.yaml:7:19  rewards.0.args.votes  got '0', expected a whole number ≥ 1 (judgements of each"),
+        ("{scale: [1]}", "r.yaml:7:19  rewards.0.args.scale  got a list of 1, expected a list of 2, each entry a"),
+        ("{mode: yes_no, votes: 3}", "r.yaml:7:11  rewards.0.args  votes: mode yes_no reads log-probabilities, and"),
+        ("pairwise", "r.yaml:7:11  rewards.0.args  got 'pairwise', expected a mapping of names to anything"),
+    ],
+)
+def test_mistakes_in_the_args_of_a_reward_are_told_where_they_stand(args: str, mistake: str) -> None:
+    (found,) = mistakes_of(write("r.yaml", SCORED.replace("ARGS", args)))
+    assert found.startswith(mistake)
+
+
+def test_args_of_a_reward_have_the_types_that_it_declares() -> None:
+    text = SCORED.replace("ARGS", "{mode: pairwise, verdict: text, answers: [1, on], temperature: 1e-1, votes: 3}")
+    recipe = load_recipe(write("r.yaml", text), ["rewards.0.args.votes=5"])
+    given = {"mode": "pairwise", "verdict": "text", "answers": ["1", "on"], "temperature": 0.1, "votes": 5}
+    assert recipe.rewards[0].args == given, "nothing is added that was not written"
+    assert load_recipe(write("again.yaml", dump_recipe(recipe))) == recipe
+
+
+def test_a_key_that_a_reward_must_have_and_args_for_a_function() -> None:
+    without = SCORED.replace("judge", "http").replace("    args: ARGS\n", "")
+    (found,) = mistakes_of(write("r.yaml", without))
+    assert found.startswith("r.yaml:6:5  rewards.0.args.url  missing key; it is required (")
+    write("mine_for_test.py", "def short(completions):\n    return [1.0 for _ in completions]\n")
+    text = SCORED.replace("judge", "mine_for_test:short").replace("ARGS", "{most: 3}")
+    (found,) = mistakes_of(write("r.yaml", text))
+    assert found.startswith("r.yaml:7:11  rewards.0.args  a plain function takes none; make it a class")

@@ -176,6 +176,18 @@ def from_python(value: Any, place: Place) -> Node:
     return Scalar(place, value)
 
 
+def retyped(node: Node, value: Any) -> Node:
+    """The same tree with the types that its scalars have in `value`, what was made of it; its places are kept."""
+    if isinstance(node, Block) and isinstance(value, Mapping):
+        return Block(
+            node.place,
+            {key: Entry(entry.place, retyped(entry.node, value[key])) for key, entry in node.entries.items()},
+        )
+    if isinstance(node, Items) and isinstance(value, list | tuple) and len(value) == len(node.nodes):
+        return Items(node.place, [retyped(item, inner) for item, inner in zip(node.nodes, value, strict=True)])
+    return from_python(value, node.place)
+
+
 def merge(base: Node, top: Node) -> Node:
     """Mappings merge key by key, everything else is replaced by `top`."""
     if not (isinstance(base, Block) and isinstance(top, Block)):

@@ -72,9 +72,10 @@ class ConfigReader:
         if isinstance(node, Scalar):
             return node.value
         if isinstance(node, Items):
-            inner = _argument(annotation, list, 0)
+            container = tuple if any(get_origin(member) is tuple for member in _members(annotation)) else list
+            inner = _argument(annotation, container, 0)
             values = [self._value(item, inner, join(path, i)) for i, item in enumerate(node.nodes)]
-            return _BAD if any(value is _BAD for value in values) else values
+            return _BAD if any(value is _BAD for value in values) else container(values)
         if config_type:
             return self._config(node, config_type, path)
         inner = _argument(annotation, dict, 1)
@@ -127,7 +128,7 @@ class ConfigReader:
             if (node.place, where) in seen:
                 continue
             seen.add((node.place, where))
-            if item["type"] == "missing":
+            if item["type"] == "missing" and not isinstance(location[-1], int):  # else a list is too short
                 about = f" ({info.description})" if info and info.description else ""
                 text = f"missing key; it is required{about}"
             elif item["type"] in ("value_error", "assertion_error") or info is None:
@@ -238,6 +239,8 @@ def describe_type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     bounds = _bounds(metadata)
     if kind is list:
         return f"a list{bounds}, each entry {describe_type(get_args(annotation)[0])}"
+    if kind is tuple:
+        return f"a list of {len(get_args(annotation))}, each entry {describe_type(get_args(annotation)[0])}"
     if kind is dict:
         return f"a mapping of names to {describe_type(get_args(annotation)[1])}"
     if isinstance(annotation, type) and issubclass(annotation, Config):

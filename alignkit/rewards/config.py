@@ -8,7 +8,11 @@ from typing import Any, Literal
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from alignkit.core.config import Config
+from alignkit.core.errors import RecipeError
+from alignkit.core.registry import Entry
 from alignkit.rewards.transforms import TransformConfig, find_transform
+
+NO_ARGS = "a plain function takes none; make it a class with a `config_type` to give it settings"
 
 
 class RewardConfig(Config):
@@ -49,6 +53,28 @@ class RewardConfig(Config):
                     f"come first; {self.transforms[0].name!r} stands before it"
                 )
         return self
+
+
+def args_type(entry: Entry) -> type[Config] | None:
+    """The config that a reward source takes as `args`; None for a plain function.
+
+    Raises RecipeError: it is neither a function nor a class with a config.
+    """
+    target = entry.target
+    if isinstance(target, type):
+        if not hasattr(target, "config_type"):
+            raise RecipeError(
+                f"reward {entry.name!r}: the class {target.__qualname__} has no `config_type`; a reward class names "
+                "the pydantic config (alignkit.core.Config) its constructor takes, or use a plain function"
+            )
+        found: type[Config] = target.config_type
+        return found
+    if not callable(target):
+        raise RecipeError(
+            f"reward {entry.name!r} is a {type(target).__name__}; expected a function "
+            "reward(prompts, completions, completion_ids, **columns) or a RewardSource class"
+        )
+    return None
 
 
 def _as_config(value: Any) -> Any:

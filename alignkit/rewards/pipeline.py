@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic import ValidationError
 
 from alignkit.core.config import CombineConfig
-from alignkit.core.contracts import Models, RewardSource, World
+from alignkit.core.contracts import AsksModels, Models, RewardSource, World
 from alignkit.core.errors import DataError, RecipeError
 from alignkit.core.lazy import torch
+from alignkit.core.reading import did_you_mean
 from alignkit.core.registry import Entry, register
 from alignkit.core.types import Completion, Group, Metric, RewardBatch, Score
 from alignkit.rewards.calls import Answer, ask, finite_or_fail, scatter, select_rows
 from alignkit.rewards.combine import MODES, check_direction, directed, routed
-from alignkit.rewards.config import RewardConfig
+from alignkit.rewards.config import NO_ARGS, RewardConfig, args_type
 from alignkit.rewards.functions import FunctionReward
 from alignkit.rewards.table import RewardTable
 from alignkit.rewards.transforms import build_transform
@@ -57,38 +58,45 @@ def build_sources(configs: Sequence[RewardConfig]) -> list[tuple[RewardConfig, R
 
 
 def _build(config: RewardConfig, entry: Entry) -> RewardSource:
-    target = entry.target
-    if isinstance(target, type):
-        if not hasattr(target, "config_type"):
-            raise RecipeError(
-                f"reward {config.name!r}: the class {target.__qualname__} has no `config_type`; a reward class names "
-                "the pydantic config (alignkit.core.Config) its constructor takes, or use a plain function"
-            )
+    takes, target = args_type(entry), entry.target
+    if takes is not None:
         try:
-            settings = target.config_type(**{**entry.preset, **config.args})
+            settings = takes.model_validate({**entry.preset, **config.args})
         except ValidationError as error:
-            raise RecipeError(_explain(config, error, target.config_type.model_fields)) from None
+            raise RecipeError(_explain(config, error, takes.model_fields)) from None
         return cast(RewardSource, target(settings))
-    if not callable(target):
-        raise RecipeError(
-            f"reward {config.name!r} is a {type(target).__name__}; expected a function "
-            "reward(prompts, completions, completion_ids, **columns) or a RewardSource class"
-        )
     if config.args:
-        raise RecipeError(
-            f"reward {config.name!r}: args {sorted(config.args)} were given, but a plain function takes none; make it "
-            "a class with a `config_type` to give it settings"
-        )
+        raise RecipeError(f"reward {config.name!r}: args {sorted(config.args)} were given, but {NO_ARGS}")
     return FunctionReward(target, reward_name(config), config.timeout)
 
 
 def _explain(config: RewardConfig, error: ValidationError, known: Collection[str]) -> str:
     lines = [
-        f"reward {config.name!r}: args.{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}; "
-        f"got {problem['input']!r}"
+        f"reward {config.name!r}: {'.'.join(['args', *map(str, problem['loc'])])}: "
+        f"{problem['msg'].removeprefix('Value error, ')}; got {problem['input']!r}"
         for problem in error.errors()
     ]
     return "\n".join([*lines, f"known args are {', '.join(known) or 'none'}"])
+
+
+def check_asked(sources: Sources, known: Collection[str]) -> None:
+    """Refuse a reward that asks a model which is neither the recipe's, nor the method's, nor the source's usual one.
+
+    Raises RecipeError, naming the models there are.
+    """
+    for config, source in sources:
+        if not isinstance(source, AsksModels):
+            continue
+        takes = args_type(register.reward.get(config.name))
+        usual = {field.default for field in takes.model_fields.values()} if takes is not None else set()
+        there = {"policy", *known}
+        for name in source.models():
+            if name not in there | usual:
+                others = f"others stand in the recipe: `models: {{{name}: {{from: PATH}}}}`"
+                hint = did_you_mean(name, there) or f"there are {', '.join(sorted(there))}; {others}"
+                raise RecipeError(
+                    f"reward {config.name!r} asks a model {name!r}, which nothing says where to find; {hint}"
+                )
 
 
 def score_groups(
@@ -164,8 +172,7 @@ def check_columns(groups: Sequence[Group], sources: Sources, combine: CombineCon
         for group in groups:
             check_direction(group.fields.get("direction"), sum(config.weight != 0 for config, _ in sources), group.id)
     for config, source in sources:
-        transforms = [build_transform(transform) for transform in config.transforms]
-        required = [*source.requires, *(column for transform in transforms for column in transform.requires)]
+        required = required_columns(config, source)
         for group in groups:
             if route is not None and not routed([_routing(group, route, branches)], config.when)[0]:
                 continue
@@ -176,6 +183,12 @@ def check_columns(groups: Sequence[Group], sources: Sources, combine: CombineCon
                     f"columns are {', '.join(sorted(group.fields)) or 'none'}. Map another one to it: "
                     f"data.N.fields: {{{missing[0]}: THEIR_COLUMN}}"
                 )
+
+
+def required_columns(config: RewardConfig, source: RewardSource) -> list[str]:
+    """Data columns that a source and its transforms read."""
+    transforms = [build_transform(transform) for transform in config.transforms]
+    return [*source.requires, *(column for transform in transforms for column in transform.requires)]
 
 
 def _routing(group: Group, route: str, branches: Collection[str | None]) -> object:
