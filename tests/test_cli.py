@@ -369,6 +369,7 @@ def test_check_looks_at_columns(
         ("[{name: judge, args: {template: nowhere.txt}}]", "there is no template 'nowhere.txt'"),
         ("[{name: judge, args: {model: referense}}]", "which nothing says where to find; did you mean 'reference'?"),
         ("[{name: judge, args: {model: reference}}]", None),
+        ("[{name: self_referee}, {name: implicit}]", None),
         ("[{name: length}, {name: judge, args: {model: jury}}]", "others stand in the recipe: `models: {jury: {from:"),
     ],
 )

@@ -88,7 +88,8 @@ def check_asked(sources: Sources, known: Collection[str]) -> None:
         if not isinstance(source, AsksModels):
             continue
         takes = args_type(register.reward.get(config.name))
-        usual = {field.default for field in takes.model_fields.values()} if takes is not None else set()
+        fields = {} if takes is None else takes.model_fields
+        usual = {field.default for field in fields.values() if isinstance(field.default, str)}
         there = {"policy", *known}
         for name in source.models():
             if name not in there | usual:
