@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from alignkit.core.errors import EnvironmentProblem, RunFailed
+from alignkit.core.errors import EnvironmentProblem, RecipeError, RunFailed
 from alignkit.recipe import load_recipe
 from alignkit.run import resume, train
 from alignkit.testing import Bench, comparable_metrics, digest, read_metrics
@@ -97,6 +97,14 @@ def test_one_that_fails_for_good_ends_the_run_and_loses_nothing(bench, whole, fa
     resume(folder, quiet=True, report=False)
     server.stop()
     assert digest(folder) == digest(whole)
+
+
+def test_one_that_nobody_named_is_refused_before_anything_is_trained(bench):
+    """A copy of the start model must not judge in its place."""
+    made = json.loads(bench.recipe("unnamed", max_steps=4).model_dump_json(by_alias=True))
+    made["rewards"] = [{"name": "judge", "args": {"model": "jury", "mode": "rating", "max_tokens": 8}}]
+    with pytest.raises(RecipeError, match=r"asks a model 'jury', which nothing says where to find; there are "):
+        train(load_recipe(made), quiet=True, report=False)
 
 
 def test_one_that_is_gone_is_named(bench):
